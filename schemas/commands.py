@@ -1,0 +1,55 @@
+"""scheduler -> agent: commands, imperative and idempotent.
+
+Every command carries the leader's fencing ``epoch`` (an agent rejects one older than
+the newest it has seen) and a per-replica ``generation`` that the agent echoes in its
+events, so that an answer to an old command is never taken for an answer to a new one.
+"""
+
+from typing import TypeAlias
+
+import msgspec
+
+from schemas.state import ModelSpec
+
+
+class Register(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.register"):
+    """Look at the model's files (no weights are read) and report what it will need."""
+
+    gpu: str
+    model: str
+    epoch: int
+    generation: int
+    spec: ModelSpec
+
+
+class Load(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.load"):
+    """Disk -> host image."""
+
+    gpu: str
+    model: str
+    epoch: int
+    generation: int
+    request_id: str = ""  # the waiter this is done for, if any
+
+
+class SwapIn(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.swap_in"):
+    """Host image -> device memory, then pull requests."""
+
+    gpu: str
+    model: str
+    epoch: int
+    generation: int
+    request_id: str = ""
+
+
+class SwapOut(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.swap_out"):
+    """Stop pulling, let what is in flight end, drop the device memory."""
+
+    gpu: str
+    model: str
+    epoch: int
+    generation: int
+    request_id: str = ""
+
+
+Command: TypeAlias = Register | Load | SwapIn | SwapOut

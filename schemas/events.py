@@ -1,0 +1,166 @@
+"""What happened, past tense. Published once each, kept in the HS_EVENTS stream.
+
+`kind_of` gives the subject token of an event: the last part of its tag.
+"""
+
+from typing import Literal, TypeAlias, get_args
+
+import msgspec
+
+from schemas.state import ModelFacts, SwapTrace
+from schemas.stream import ErrorCode, RequestTiming
+
+
+class AgentStarted(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.agent_started"):
+    gpu: str
+    instance: str
+    at: float
+    device: str
+    device_name: str
+    budget_bytes: int
+
+
+class AgentStopped(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.agent_stopped"):
+    gpu: str
+    instance: str
+    at: float
+
+
+class WorkerDied(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.worker_died"):
+    """The engine worker process ended; every replica of this gpu is cold again."""
+
+    gpu: str
+    at: float
+    reason: str
+
+
+class ModelRegistered(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.model_registered"):
+    gpu: str
+    model: str
+    generation: int
+    at: float
+    facts: ModelFacts
+
+
+class ModelLoaded(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.model_loaded"):
+    gpu: str
+    model: str
+    generation: int
+    at: float
+    num_bytes: int
+    load_s: float
+
+
+class LoadProgressed(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.load_progressed"):
+    gpu: str
+    model: str
+    at: float
+    done_bytes: int
+    total_bytes: int
+
+
+class SwapInCompleted(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.swap_in_completed"):
+    gpu: str
+    model: str
+    generation: int
+    at: float
+    trace: SwapTrace
+
+
+class SwapOutCompleted(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.swap_out_completed"):
+    gpu: str
+    model: str
+    generation: int
+    at: float
+    trace: SwapTrace
+
+
+class CommandFailed(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.command_failed"):
+    """The agent could not do it; ``reason`` names the cause and, where known, the remedy."""
+
+    gpu: str
+    model: str
+    generation: int
+    at: float
+    command: Literal["register", "load", "swap_in", "swap_out"]
+    reason: str
+
+
+class CommandRejected(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.command_rejected"):
+    """The command was not tried: stale epoch, or the replica is in the wrong state."""
+
+    gpu: str
+    model: str
+    generation: int
+    at: float
+    command: Literal["register", "load", "swap_in", "swap_out"]
+    reason: str
+
+
+class RequestStarted(msgspec.Struct, frozen=True, tag="hotswap.request.v1.started"):
+    gpu: str
+    model: str
+    request_id: str
+    at: float
+    attempt: int
+    queue_wait_s: float
+
+
+class RequestEnded(msgspec.Struct, frozen=True, tag="hotswap.request.v1.ended"):
+    """The one terminal event of an admitted request that reached an agent."""
+
+    gpu: str
+    model: str
+    request_id: str
+    at: float
+    outcome: Literal["stop", "length", "cancelled", "failed"]
+    prompt_tokens: int
+    completion_tokens: int
+    timing: RequestTiming
+    error: ErrorCode | None = None
+
+
+class RequestWithdrawn(msgspec.Struct, frozen=True, tag="hotswap.request.v1.withdrawn"):
+    """The one terminal event of a request that the api took back from the queue."""
+
+    model: str
+    request_id: str
+    at: float
+    reason: Literal["client_left", "deadline", "model_failed", "shutdown"]
+
+
+class LeaderElected(msgspec.Struct, frozen=True, tag="hotswap.scheduler.v1.leader_elected"):
+    holder: str
+    epoch: int
+    at: float
+
+
+AgentEvent: TypeAlias = (
+    AgentStarted
+    | AgentStopped
+    | WorkerDied
+    | ModelRegistered
+    | ModelLoaded
+    | LoadProgressed
+    | SwapInCompleted
+    | SwapOutCompleted
+    | CommandFailed
+    | CommandRejected
+    | RequestStarted
+    | RequestEnded
+)
+Event: TypeAlias = AgentEvent | RequestWithdrawn | LeaderElected
+
+
+def kind_of(event: Event) -> str:
+    """The subject token of ``event``: the last part of its tag.
+
+    Request events keep their noun (``request_started``): their tags end in a bare verb.
+    """
+    tag = str(type(event).__struct_config__.tag)
+    _, noun, _, verb = tag.split(".")
+    return f"request_{verb}" if noun == "request" else verb
+
+
+def event_types() -> tuple[type[msgspec.Struct], ...]:
+    return (*get_args(AgentEvent), RequestWithdrawn, LeaderElected)

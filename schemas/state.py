@@ -1,0 +1,126 @@
+"""State records: heartbeats, KV entries, and the value types they share with events."""
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+ReplicaState: TypeAlias = Literal[
+    "cold", "loading", "host", "swapping_in", "resident", "draining", "swapping_out", "failed"
+]
+DType: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class ModelSpec(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What `hotswap.toml` says about one model. ``source``: local folder or hub id."""
+
+    name: str
+    source: str
+    dtype: DType = "auto"  # auto: as the checkpoint says
+    max_model_len: int | None = None  # None: as the checkpoint says
+    max_batch: int = 8  # requests decoded together
+    kv_tokens: int | None = None  # KV reserve of a replica; None: one full context
+    preload: bool = True  # fill the host image before the first request
+    trust_remote_code: bool = False
+
+
+class ModelFacts(msgspec.Struct, frozen=True):
+    """What an agent found in a model's files. All bytes are rounded up to whole pages."""
+
+    architecture: str
+    dtype: str
+    num_parameters: int
+    weight_bytes: int
+    kv_bytes: int  # KV reserve while resident
+    max_model_len: int
+    max_batch: int
+
+    @property
+    def footprint_bytes(self) -> int:
+        """Device bytes that one resident replica takes."""
+        return self.weight_bytes + self.kv_bytes
+
+
+class LayerCopy(msgspec.Struct, frozen=True):
+    """One group of a swap-in's copy, in execution order."""
+
+    name: str
+    num_bytes: int
+    copy_s: float
+
+
+class SwapTrace(msgspec.Struct, frozen=True):
+    """Where the time of one swap went. Times are seconds; times of day are unix seconds."""
+
+    started_at: float
+    drain_s: float = 0.0
+    map_s: float = 0.0
+    copy_s: float = 0.0
+    total_s: float = 0.0
+    num_bytes: int = 0
+    layers: tuple[LayerCopy, ...] = ()
+
+    @property
+    def gb_per_s(self) -> float:
+        """Copy rate in GB/s (10^9 bytes), 0 where nothing was copied."""
+        return self.num_bytes / self.copy_s / 1e9 if self.copy_s > 0 else 0.0
+
+
+class ReplicaStatus(msgspec.Struct, frozen=True):
+    model: str
+    state: ReplicaState
+    generation: int
+    in_flight: int = 0
+    facts: ModelFacts | None = None  # None until registered
+    reason: str = ""  # why it failed
+
+
+class AgentStatus(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.status"):
+    """Heartbeat, and sent at once after every change."""
+
+    gpu: str
+    instance: str  # changes when the agent process restarts
+    worker_pid: int  # 0 while the engine worker is down
+    device: str  # "cpu" or "cuda"
+    device_name: str
+    budget_bytes: int
+    used_bytes: int  # pages in use by weights and KV reserves
+    page_bytes: int
+    replicas: tuple[ReplicaStatus, ...] = ()
+
+
+class DeploymentRecord(msgspec.Struct, frozen=True, tag="hotswap.state.v1.deployment"):
+    """HS_MODELS/<model>, written by the scheduler only."""
+
+    spec: ModelSpec
+    status: Literal["pending", "ready", "failed"]
+    reason: str = ""
+    facts: ModelFacts | None = None
+    created_at: int = 0  # unix seconds
+
+
+class PlacementRecord(msgspec.Struct, frozen=True, tag="hotswap.state.v1.placement"):
+    """HS_PLACEMENT/<gpu>.<model>: what the scheduler wants. Written by the scheduler only."""
+
+    gpu: str
+    model: str
+    desired: Literal["resident", "host", "cold"]
+    generation: int
+    epoch: int
+
+
+class ResidencyRecord(msgspec.Struct, frozen=True, tag="hotswap.state.v1.residency"):
+    """HS_RESIDENCY/<gpu>.<model>: what is. Written by that gpu's agent only."""
+
+    gpu: str
+    model: str
+    state: ReplicaState
+    generation: int
+    changed_at: float
+    reason: str = ""
+
+
+class LeaseRecord(msgspec.Struct, frozen=True, tag="hotswap.state.v1.lease"):
+    """HS_LEASES/<key>: the holder renews it; it expires by itself."""
+
+    holder: str
+    epoch: int = 0

@@ -1,0 +1,149 @@
+"""The routes. Parsing, waiting and answering are elsewhere; here they are put together."""
+
+from importlib import resources
+from typing import Annotated, Any
+
+import msgspec
+from litestar import Litestar, Request, Response, get, post
+from litestar.datastructures import State
+from litestar.exceptions import InternalServerException
+from litestar.params import Parameter
+from litestar.types import ASGIApp
+from opentelemetry import trace
+
+from services.api import errors, openapi
+from services.api.catalog import Catalog
+from services.api.errors import ApiError
+from services.api.openai import ModelList
+from services.api.parsing import Parsed, parse_chat, parse_completion
+from services.api.relay import Relay
+from services.api.respond import respond
+from services.api.tracing import Traced, request_id_of
+from services.bus import Bus
+from services.telemetry import ATTR_MODEL
+
+HttpRequest = Request[Any, Any, State]
+
+# A queued request is its body without the fields that agents do not need, plus ids and a reply
+# subject; together with the headers these are well below this.
+_ENVELOPE_BYTES = 16 * 1024
+
+
+def build(bus: Bus, catalog: Catalog, relay: Relay, max_body_bytes: int) -> ASGIApp:
+    """The ASGI application over a connected bus, a started catalog and a started relay."""
+    app = Litestar(
+        route_handlers=[
+            chat_completions,
+            completions,
+            list_models,
+            get_model,
+            healthz,
+            readyz,
+            schema_page,
+            openapi_json,
+        ],
+        exception_handlers=errors.EXCEPTION_HANDLERS,
+        openapi_config=None,  # ours is made from the wire structs, see services.api.openapi
+        logging_config=None,
+        request_max_body_size=min(max_body_bytes, bus.max_payload - _ENVELOPE_BYTES),
+        state=State({"bus": bus, "catalog": catalog, "relay": relay}),
+    )
+    return Traced(app)
+
+
+# -- answers from models -------------------------------------------------------------------
+
+
+@post("/v1/chat/completions", status_code=200)
+async def chat_completions(request: HttpRequest, state: State) -> ASGIApp:
+    """Continue a chat, streamed or whole."""
+    return await _generate(request, state, parse_chat(await _body(request)))
+
+
+@post("/v1/completions", status_code=200)
+async def completions(request: HttpRequest, state: State) -> ASGIApp:
+    """Continue a text, streamed or whole."""
+    return await _generate(request, state, parse_completion(await _body(request)))
+
+
+async def _body(request: HttpRequest) -> bytes:
+    try:
+        return await request.body()
+    except InternalServerException as error:  # what the framework raises for it
+        raise ApiError(400, "client_left", "The client left before the body was here.") from error
+
+
+async def _generate(request: HttpRequest, state: State, parsed: Parsed) -> ASGIApp:
+    trace.get_current_span().set_attribute(ATTR_MODEL, parsed.model)
+    catalog: Catalog = state.catalog
+    relay: Relay = state.relay
+    catalog.require(parsed.model)
+    request_id = request_id_of(request.scope)
+    call = await relay.open(request_id, parsed.model, parsed.prompt, parsed.sampling)
+    return await respond(parsed, call, relay, request.receive)
+
+
+# -- models --------------------------------------------------------------------------------
+
+
+@get("/v1/models")
+async def list_models(state: State) -> Response[bytes]:
+    """Every deployment, with where it is."""
+    catalog: Catalog = state.catalog
+    return _json(ModelList(catalog.models()))
+
+
+@get("/v1/models/{model_id:path}")
+async def get_model(
+    state: State, model_id: Annotated[str, Parameter(description="may hold slashes")]
+) -> Response[bytes]:
+    """One deployment, with where it is."""
+    catalog: Catalog = state.catalog
+    return _json(catalog.model(str(model_id).removeprefix("/")))
+
+
+# -- health --------------------------------------------------------------------------------
+
+
+class Health(msgspec.Struct):
+    status: str
+    missing: list[str] = []
+
+
+@get("/healthz")
+async def healthz() -> Response[bytes]:
+    """200 while the process lives."""
+    return _json(Health("ok"))
+
+
+@get("/readyz")
+async def readyz(state: State) -> Response[bytes]:
+    """200 when a request could be answered, else 503 with what is missing."""
+    bus: Bus = state.bus
+    catalog: Catalog = state.catalog
+    missing = catalog.missing()
+    if not bus.is_connected:
+        missing.insert(0, "no connection to NATS")
+    if missing:
+        return _json(Health("not ready", missing), status=503)
+    return _json(Health("ready"))
+
+
+# -- this interface, described -------------------------------------------------------------
+
+
+@get("/schema")
+async def schema_page() -> Response[bytes]:
+    """A page that shows openapi.json; it loads nothing from elsewhere."""
+    page = resources.files("services.api").joinpath("static/schema.html").read_bytes()
+    return Response(page, media_type="text/html; charset=utf-8")
+
+
+@get("/schema/openapi.json")
+async def openapi_json() -> Response[bytes]:
+    """The OpenAPI document."""
+    return Response(openapi.document(), media_type="application/json")
+
+
+def _json(body: msgspec.Struct, status: int = 200) -> Response[bytes]:
+    return Response(msgspec.json.encode(body), status_code=status, media_type="application/json")

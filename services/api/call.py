@@ -1,0 +1,107 @@
+"""One open request, from admission to its one end, as the HTTP side reads it.
+
+    queued ── Started ──> started ── Tokens* ──> ended: Finished, or an error, or the client left
+       `──────────────────────────────────────────^
+
+`Relay` writes into a Call; the HTTP handler reads from it. Whatever happens, `read` comes to
+an end: with [] where the answer is complete, else with ApiError or ClientLeft.
+"""
+
+import asyncio
+import contextvars
+import time
+
+from schemas.requests import GenerateRequest
+from schemas.stream import Finished, Started
+from services.api.answer import Answer
+from services.api.errors import ApiError, slow_reader
+
+MAX_BUFFERED_TOKENS = 10_000  # per request; a client that reads slower than that loses its stream
+
+
+class ClientLeft(Exception):
+    """Nobody reads the answer any more."""
+
+
+class Call:
+    """One open request. Only `Relay` calls the methods that change it."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self.request = request
+        self.started: Started | None = None
+        self.finished: Finished | None = None
+        self.answer = Answer()
+        # Each time the request was given to the queue, its id there -> stream sequence.
+        self.runs: dict[str, int | None] = {}
+        self.context = contextvars.copy_context()  # later runs belong to the same trace
+        self.timer: asyncio.TimerHandle | None = None
+        self._cause: Exception | None = None
+        self._texts: list[str] = []
+        self._buffered_tokens = 0
+        self._news = asyncio.Event()
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def model(self) -> str:
+        return self.request.model
+
+    @property
+    def ended(self) -> bool:
+        return self.finished is not None or self._cause is not None
+
+    @property
+    def newest_run(self) -> str:
+        return next(reversed(self.runs), self.request_id)
+
+    @property
+    def stage(self) -> str:
+        """Where it is, in words for an error message."""
+        if self.started is None:
+            age_s = time.time() - self.request.created_at
+            return f"still waiting for model {self.model!r} after {age_s:.0f} s"
+        num_tokens = len(self.answer.token_ids)
+        return f"running on gpu {self.started.gpu!r} with {num_tokens} tokens done"
+
+    # -- the relay's side ------------------------------------------------------------------
+
+    def push(self, text: str, num_tokens: int) -> ApiError | None:
+        """Add text for the reader. An error where it is too far behind."""
+        self._texts.append(text)
+        self._buffered_tokens += num_tokens
+        self._news.set()
+        if self._buffered_tokens > MAX_BUFFERED_TOKENS:
+            return slow_reader(self._buffered_tokens)
+        return None
+
+    def end(self, how: Finished | Exception) -> None:
+        """The one end; what is still unread can be read."""
+        assert not self.ended, f"request {self.request_id} ends twice"
+        if isinstance(how, Finished):
+            self.finished = how
+        else:
+            self._cause = how
+        if self.timer:
+            self.timer.cancel()
+        self._news.set()
+
+    # -- the HTTP side ---------------------------------------------------------------------
+
+    async def read(self) -> list[str]:
+        """The texts that came since the last call, one per chunk; [] once the answer is complete.
+
+        Waits until there is something. Raises ApiError or ClientLeft where the request ended so.
+        """
+        while not self._texts and not self.ended:
+            self._news.clear()
+            await self._news.wait()
+        if isinstance(self._cause, ClientLeft):
+            raise self._cause
+        if self._texts:
+            texts, self._texts, self._buffered_tokens = self._texts, [], 0
+            return texts
+        if self._cause:
+            raise self._cause
+        return []

@@ -1,0 +1,196 @@
+"""Errors as the client sees them: always OpenAI's form, never a traceback.
+
+    {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
+
+| status | code                                                 | when                            |
+| 400    | invalid_json, invalid_type, invalid_value,           | the request itself is wrong     |
+|        | unsupported_parameter, context_length_exceeded, ...  |                                 |
+| 404    | model_not_found, unknown_url                         |                                 |
+| 413    | request_too_large                                    |                                 |
+| 429    | queue_full                                           | with Retry-After                |
+| 500    | engine_failed, internal_error                        |                                 |
+| 503    | model_unavailable, bus_unavailable, shutting_down    | with Retry-After                |
+| 504    | deadline_exceeded                                    |                                 |
+"""
+
+import http
+import logging
+from collections.abc import Sequence
+
+import msgspec
+from litestar import Request, Response
+from litestar.datastructures import State
+from litestar.exceptions import HTTPException
+from litestar.types import ExceptionHandlersMap
+
+from schemas.stream import ErrorCode
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 2  # a queue drains and a service restarts within this order of time
+_MAX_LISTED = 20
+
+_INVALID = "invalid_request_error"
+_SERVER = "server_error"
+
+# What an agent's `Failed` is over HTTP.
+_STATUS_OF_FAILURE: dict[ErrorCode, int] = {
+    "context_length_exceeded": 400,
+    "invalid_prompt": 400,
+    "model_unavailable": 503,
+    "engine_failed": 500,
+    "deadline_exceeded": 504,
+    "cancelled": 503,  # not by us: the agent is going away
+}
+
+
+class ErrorInfo(msgspec.Struct):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(msgspec.Struct):
+    error: ErrorInfo
+
+
+class ApiError(Exception):
+    """Ends one HTTP request with ``status`` and an error in OpenAI's form."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        kind: str = "",
+        retry_after_s: int | None = None,
+        allow: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.info = ErrorInfo(
+            message, kind or (_SERVER if status >= 500 else _INVALID), param, code
+        )
+        self.headers: dict[str, str] = {}
+        if retry_after_s is not None:
+            self.headers["retry-after"] = str(retry_after_s)
+        if allow is not None:
+            self.headers["allow"] = allow
+
+    @property
+    def body(self) -> bytes:
+        return msgspec.json.encode(ErrorBody(self.info))
+
+
+def invalid(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
+    return ApiError(400, code, message, param=param)
+
+
+def model_not_found(model: str, existing: Sequence[str]) -> ApiError:
+    listed = ", ".join(existing[:_MAX_LISTED]) or "none yet"
+    if len(existing) > _MAX_LISTED:
+        listed += f", ... ({len(existing)} in all, see GET /v1/models)"
+    message = f"The model {model!r} does not exist. Models here: {listed}."
+    return ApiError(404, "model_not_found", message, param="model")
+
+
+def model_unavailable(model: str, reason: str) -> ApiError:
+    message = f"The model {model!r} can not be served: {reason or 'no reason given'}"
+    return ApiError(503, "model_unavailable", message, retry_after_s=RETRY_AFTER_S * 5)
+
+
+def queue_full(model: str, limit: int) -> ApiError:
+    message = f"The queue of model {model!r} is full ({limit} requests); try again later."
+    return ApiError(
+        429, "queue_full", message, kind="rate_limit_error", retry_after_s=RETRY_AFTER_S
+    )
+
+
+def bus_unavailable() -> ApiError:
+    message = "The message bus does not answer, so the request could not be queued; try again."
+    return ApiError(503, "bus_unavailable", message, retry_after_s=RETRY_AFTER_S)
+
+
+def shutting_down() -> ApiError:
+    message = "This server is shutting down; try again."
+    return ApiError(503, "shutting_down", message, retry_after_s=RETRY_AFTER_S)
+
+
+def deadline_exceeded(timeout_s: float, stage: str) -> ApiError:
+    message = f"No complete answer within {timeout_s:g} s (api.request_timeout_s); it was {stage}."
+    return ApiError(504, "deadline_exceeded", message)
+
+
+def engine_failed(message: str) -> ApiError:
+    return ApiError(500, "engine_failed", message)
+
+
+def slow_reader(num_tokens: int) -> ApiError:
+    message = f"The stream was ended: {num_tokens} tokens were waiting for the client to read them."
+    return ApiError(503, "slow_reader", message)
+
+
+def from_failure(code: ErrorCode, message: str) -> ApiError:
+    """An agent's ``Failed`` chunk as an error."""
+    status = _STATUS_OF_FAILURE[code]
+    param = "messages" if code in ("context_length_exceeded", "invalid_prompt") else None
+    retry_after_s = RETRY_AFTER_S if status == 503 else None
+    return ApiError(status, code, message, param=param, retry_after_s=retry_after_s)
+
+
+# -- Litestar's exception handlers ---------------------------------------------------------
+
+
+def _respond(request: Request[object, object, State], error: ApiError) -> Response[bytes]:
+    if error.status >= 500:
+        path = request.scope["path"]
+        log.error("%s %s: %d %s", request.method, path, error.status, error)
+    return Response(
+        error.body, status_code=error.status, headers=error.headers, media_type="application/json"
+    )
+
+
+def _on_api_error(request: Request[object, object, State], error: ApiError) -> Response[bytes]:
+    return _respond(request, error)
+
+
+def _on_http_error(
+    request: Request[object, object, State], error: HTTPException
+) -> Response[bytes]:
+    """What the framework refuses: unknown routes, wrong methods, bodies too large."""
+    status, path = error.status_code, request.scope["path"]
+    if status == 404:
+        message = f"No such endpoint: {request.method} {path}. GET /schema lists what there is."
+        return _respond(request, ApiError(404, "unknown_url", message))
+    if status == 405:
+        allow = (error.headers or {}).get("Allow") or (error.headers or {}).get("allow")
+        message = f"{request.method} is not allowed on {path}"
+        message += f"; use {allow}." if allow else "."
+        return _respond(request, ApiError(405, "method_not_allowed", message, allow=allow))
+    if status == 413:
+        limit = request.scope["litestar_app"].request_max_body_size
+        message = f"The request body is larger than {limit} bytes, the limit of this server."
+        return _respond(request, ApiError(413, "request_too_large", message))
+    code = http.HTTPStatus(status).phrase.lower().replace(" ", "_")
+    return _respond(request, ApiError(status, code, error.detail or code))
+
+
+def _on_bug(request: Request[object, object, State], error: Exception) -> Response[bytes]:
+    path = request.scope["path"]
+    log.error("%s %s failed", request.method, path, exc_info=error)
+    message = "Something went wrong inside the server; its log has the details."
+    return Response(
+        ApiError(500, "internal_error", message).body,
+        status_code=500,
+        media_type="application/json",
+    )
+
+
+EXCEPTION_HANDLERS: ExceptionHandlersMap = {
+    ApiError: _on_api_error,
+    HTTPException: _on_http_error,
+    Exception: _on_bug,
+}

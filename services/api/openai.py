@@ -1,0 +1,166 @@
+"""OpenAI's wire format: what comes in over HTTP and what goes out, as msgspec structs.
+
+Requests list the fields that are implemented; `services.api.fields` knows the others.
+Every optional request field may be null, since clients send their defaults that way.
+"""
+
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from schemas.state import ReplicaState
+
+Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
+WireFinishReason: TypeAlias = Literal["stop", "length"]
+
+
+# -- requests ------------------------------------------------------------------------------
+
+
+class ContentPart(msgspec.Struct):
+    """One part of a message. Only ``type: "text"`` is implemented."""
+
+    type: str
+    text: str | None = None
+
+
+class Message(msgspec.Struct):
+    """One message of a chat. ``content``: text, or a list of text parts."""
+
+    role: Role
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[Any] | None = None  # known, so that it can be refused by name
+    function_call: Any = None
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # padding against traffic analysis; harmless
+    continuous_usage_stats: bool | None = None
+
+
+class SamplingFields(msgspec.Struct, kw_only=True):
+    """What both endpoints take. Ranges are checked in `services.api.parsing`."""
+
+    model: str
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = None
+
+
+class ChatCompletionRequest(SamplingFields, kw_only=True):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None  # the newer name of max_tokens; wins over it
+
+
+class CompletionRequest(SamplingFields, kw_only=True):
+    """``POST /v1/completions``. ``prompt``: text, token ids, or a list with one of these."""
+
+    prompt: str | list[str | int | list[int]]
+
+
+# -- responses -----------------------------------------------------------------------------
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class AnswerMessage(msgspec.Struct):
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct):
+    message: AnswerMessage
+    finish_reason: WireFinishReason
+    index: int = 0
+    logprobs: None = None
+
+
+class ChatCompletion(msgspec.Struct):
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    object: Literal["chat.completion"] = "chat.completion"
+
+
+class TextChoice(msgspec.Struct):
+    text: str
+    finish_reason: WireFinishReason | None = None
+    index: int = 0
+    logprobs: None = None
+
+
+class Completion(msgspec.Struct):
+    """Also the form of a stream's chunks, where ``usage`` is null, or left out."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage | UnsetType | None = UNSET
+    object: Literal["text_completion"] = "text_completion"
+
+
+class Delta(msgspec.Struct, omit_defaults=True):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(msgspec.Struct):
+    delta: Delta
+    finish_reason: WireFinishReason | None = None
+    index: int = 0
+    logprobs: None = None
+
+
+class ChatCompletionChunk(msgspec.Struct):
+    """One event of a stream. ``usage`` is there only where the client asked for it."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+
+
+class HotswapInfo(msgspec.Struct):
+    """What this server adds to a model: where it is, and what it takes."""
+
+    status: Literal["pending", "ready", "failed"]
+    state: ReplicaState  # of the replica that would answer first
+    gpus: dict[str, ReplicaState]
+    weight_bytes: int | None
+    max_model_len: int | None
+    reason: str  # why it failed, else ""
+
+
+class Model(msgspec.Struct):
+    id: str
+    created: int
+    hotswap: HotswapInfo
+    object: Literal["model"] = "model"
+    owned_by: str = "hotswap"
+
+
+class ModelList(msgspec.Struct):
+    data: list[Model]
+    object: Literal["list"] = "list"

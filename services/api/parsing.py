@@ -1,0 +1,228 @@
+"""An HTTP body -> what to generate. Every refusal names the field and its value.
+
+    bytes -> JSON object -> known but unsupported fields refused -> typed struct -> ranges -> Parsed
+
+The body is decoded to plain values first: only they can show which fields came that no
+struct has, and what value a wrong field had.
+"""
+
+import re
+import secrets
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from schemas.requests import (
+    ChatMessage,
+    ChatPrompt,
+    Prompt,
+    SamplingParams,
+    TextPrompt,
+    TokenPrompt,
+)
+from services.api import fields
+from services.api.errors import ApiError, invalid
+from services.api.fields import Endpoint, show
+from services.api.openai import ChatCompletionRequest, CompletionRequest, Message, SamplingFields
+
+T = TypeVar("T")
+
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default on /v1/completions; chat has none
+MAX_STOPS = 4
+
+_SEED_BITS = (1 << 63) - 1
+_MIN_SEED, _MAX_SEED = -(1 << 63), (1 << 63) - 1
+_MAX_COUNT = (1 << 31) - 1  # more tokens than any model holds
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """One valid request. ``ignored``: the fields that nobody here knows."""
+
+    endpoint: Endpoint
+    model: str
+    prompt: Prompt
+    sampling: SamplingParams
+    stream: bool
+    include_usage: bool
+    ignored: list[str]
+
+
+def parse_chat(body: bytes) -> Parsed:
+    """The body of ``POST /v1/chat/completions``. Raises ApiError (400)."""
+    raw = _json_object(body)
+    fields.refuse_unsupported(raw, "chat")
+    request = _convert(raw, ChatCompletionRequest)
+    if not request.messages:
+        raise invalid("messages", "messages = [] must hold at least one message.")
+    messages = tuple(_message(i, message) for i, message in enumerate(request.messages))
+    key = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+    return _parsed("chat", request, raw, ChatPrompt(messages), key, getattr(request, key))
+
+
+def parse_completion(body: bytes) -> Parsed:
+    """The body of ``POST /v1/completions``. Raises ApiError (400)."""
+    raw = _json_object(body)
+    fields.refuse_unsupported(raw, "completion")
+    request = _convert(raw, CompletionRequest)
+    max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+    prompt = _prompt(request.prompt)
+    return _parsed("completion", request, raw, prompt, "max_tokens", max_tokens)
+
+
+def _parsed(
+    endpoint: Endpoint,
+    request: SamplingFields,
+    raw: dict[str, Any],
+    prompt: Prompt,
+    max_key: str,
+    max_tokens: int | None,
+) -> Parsed:
+    options = request.stream_options
+    if options and not request.stream:
+        raise invalid("stream_options", "stream_options is only allowed where stream is true.")
+    if options and options.continuous_usage_stats:
+        raise ApiError(
+            400,
+            "unsupported_parameter",
+            "stream_options.continuous_usage_stats = true is not supported; leave it out.",
+            param="stream_options.continuous_usage_stats",
+        )
+    return Parsed(
+        endpoint=endpoint,
+        model=request.model,
+        prompt=prompt,
+        sampling=_sampling(request, max_key, max_tokens),
+        stream=bool(request.stream),
+        include_usage=bool(options and options.include_usage),
+        ignored=fields.ignored(raw, endpoint, request.__struct_fields__),
+    )
+
+
+# -- bytes to typed structs ----------------------------------------------------------------
+
+
+def _json_object(body: bytes) -> dict[str, Any]:
+    try:
+        raw = msgspec.json.decode(body)
+    except RecursionError as error:
+        raise invalid(None, "The request body is nested too deeply.", "invalid_json") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        message = f"The request body is not valid JSON: {error}."
+        raise invalid(None, message, "invalid_json") from error
+    if not isinstance(raw, dict):
+        message = f"The request body must be a JSON object, not {show(raw)}."
+        raise invalid(None, message, "invalid_json")
+    return raw
+
+
+def _convert(raw: dict[str, Any], kind: type[T]) -> T:
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        raise _explain(error, raw) from error
+
+
+def _explain(error: msgspec.ValidationError, raw: dict[str, Any]) -> ApiError:
+    """msgspec's words, with the field as OpenAI names it and the value that came."""
+    words, _, where = str(error).partition(" - at `$")
+    path = re.findall(r"\w+", where)  # ``$.messages[0].role`` -> messages, 0, role
+    param = where.strip("`.")
+    if missing := re.search(r"missing required field `(.+?)`", words):
+        param = f"{param}.{missing[1]}" if param else missing[1]
+        return invalid(param, f"{param} is required and missing.", "missing_field")
+    value: Any = raw
+    for part in path:
+        try:
+            value = value[int(part)] if isinstance(value, list) else value[part]
+        except (KeyError, IndexError, ValueError, TypeError):  # msgspec writes [...] for dict keys
+            return invalid(param or None, f"{param}: {words}.", "invalid_type")
+    return invalid(param or None, f"{param} = {show(value)}: {words}.", "invalid_type")
+
+
+# -- prompts -------------------------------------------------------------------------------
+
+
+def _message(index: int, message: Message) -> ChatMessage:
+    where = f"messages[{index}]"
+    for key in ("tool_calls", "function_call"):
+        if getattr(message, key):
+            param = f"{where}.{key}"
+            words = f"{param} is not supported by this server: it does not do tools."
+            raise ApiError(400, "unsupported_parameter", words, param=param)
+    if message.content is None:
+        raise invalid(f"{where}.content", f"{where}.content is required: a string or text parts.")
+    # "developer" is OpenAI's newer word for the same thing; chat templates know only "system".
+    role = "system" if message.role == "developer" else message.role
+    if isinstance(message.content, str):
+        return ChatMessage(role, message.content, message.name)
+    texts = []
+    for i, part in enumerate(message.content):
+        param = f"{where}.content[{i}]"
+        if part.type != "text":
+            words = f"{param}.type = {show(part.type)} is not supported: only text is."
+            raise ApiError(400, "unsupported_parameter", words, param=f"{param}.type")
+        if part.text is None:
+            raise invalid(f"{param}.text", f"{param}.text is required and missing.")
+        texts.append(part.text)
+    return ChatMessage(role, "\n".join(texts), message.name)
+
+
+def _prompt(prompt: str | list[Any]) -> Prompt:
+    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+        prompt = prompt[0]  # a batch of one
+    if isinstance(prompt, str):
+        return TextPrompt(prompt)
+    if not prompt:
+        raise invalid("prompt", "prompt = [] must hold text or token ids.")
+    if not all(isinstance(token, int) for token in prompt):
+        words = f"prompt has {len(prompt)} entries; only one prompt per request is supported: "
+        words += "a string, a list of token ids, or a list with exactly one of these."
+        raise ApiError(400, "unsupported_parameter", words, param="prompt")
+    if min(prompt) < 0:
+        raise invalid("prompt", f"prompt: {min(prompt)} is not a token id; they start at 0.")
+    return TokenPrompt(tuple(prompt))
+
+
+# -- sampling ------------------------------------------------------------------------------
+
+
+def _sampling(request: SamplingFields, max_key: str, max_tokens: int | None) -> SamplingParams:
+    _in_range(max_key, max_tokens, 1, _MAX_COUNT)
+    _in_range("min_tokens", request.min_tokens, 0, _MAX_COUNT)
+    _in_range("temperature", request.temperature, 0, 2)
+    _in_range("top_p", request.top_p, 0, 1)
+    _in_range("top_k", request.top_k, -1, _MAX_COUNT)
+    _in_range("seed", request.seed, _MIN_SEED, _MAX_SEED)
+    if request.top_p == 0:
+        raise invalid("top_p", "top_p = 0 leaves no token to choose; for greedy use temperature 0.")
+    min_tokens = request.min_tokens or 0
+    if max_tokens is not None and min_tokens > max_tokens:
+        words = f"min_tokens = {min_tokens} must not be greater than {max_key} = {max_tokens}."
+        raise invalid("min_tokens", words)
+    seed = secrets.randbits(63) if request.seed is None else request.seed & _SEED_BITS
+    return SamplingParams(
+        seed=seed,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        top_k=max(request.top_k or 0, 0),  # vLLM writes "off" as -1
+        stop=_stops(request.stop),
+        ignore_eos=bool(request.ignore_eos),
+    )
+
+
+def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if len(stops) > MAX_STOPS:
+        raise invalid("stop", f"stop has {len(stops)} strings; at most {MAX_STOPS} are allowed.")
+    if "" in stops:
+        raise invalid("stop", "stop = '' would match everywhere; stop strings must not be empty.")
+    return stops
+
+
+def _in_range(key: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not low <= value <= high:
+        raise invalid(key, f"{key} = {show(value)} must be between {low} and {high}.")

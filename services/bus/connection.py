@@ -1,0 +1,311 @@
+"""One NATS connection: typed publish and subscribe, JetStream calls, trace context.
+
+    BusError
+    |- BusUnavailable    no server answered in time, or it refused our credentials
+    |- JetStreamError    the JetStream API refused a call; .code is its err_code
+
+Messages are msgspec structs as JSON, so that ``nats sub 'hs.v1.>'`` reads well. Every
+publish carries the caller's W3C trace context in its headers; every handler gets it back
+as ``Message.context``. This is the only file that imports nats.
+"""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import nats
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from opentelemetry import propagate
+from opentelemetry.context import Context
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_PENDING_BYTES = 32 * 2**20  # what may wait in the client while the server is away
+
+
+class BusError(Exception):
+    pass
+
+
+class BusUnavailable(BusError):
+    pass
+
+
+class JetStreamError(BusError):
+    def __init__(self, subject: str, code: int, description: str) -> None:
+        super().__init__(f"{subject}: {description} (err_code {code})")
+        self.code = code
+
+
+class BusOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the server is and who we are. Also the form of a credentials file (JSON)."""
+
+    url: str = "nats://127.0.0.1:4222"
+    user: str = ""
+    password: str = ""
+    inbox_prefix: str = "_INBOX"
+
+    @classmethod
+    def read(cls, path: Path, url: str | None = None) -> "BusOptions":
+        """The credentials file at ``path``, with ``url`` over its own. Raises BusError."""
+        try:
+            options = msgspec.json.decode(path.read_bytes(), type=cls)
+        except (OSError, msgspec.DecodeError) as error:
+            raise BusError(f"can not read NATS credentials from {path}: {error}") from error
+        return msgspec.structs.replace(options, url=url) if url else options
+
+
+@dataclass(frozen=True)
+class Message(Generic[T]):
+    """One received message, decoded. ``context``: the sender's trace context."""
+
+    subject: str
+    body: T
+    headers: Mapping[str, str]
+    context: Context = field(repr=False)
+
+
+@dataclass(frozen=True)
+class RawMessage:
+    """One received message as it came; ``reply`` is where an answer or ack goes."""
+
+    subject: str
+    reply: str
+    data: bytes
+    headers: Mapping[str, str]
+
+
+Handler = Callable[[Message[T]], Awaitable[None]]
+RawHandler = Callable[[RawMessage], Awaitable[None]]
+Hook = Callable[[], Awaitable[None]]
+
+
+class Bus:
+    """A connected client. Reconnects by itself for ever; see `on_reconnect`."""
+
+    def __init__(self, options: BusOptions, service: str) -> None:
+        self.options = options
+        self.service = service
+        self._client = Client()
+        self._encoder = msgspec.json.Encoder()
+        self._hooks: dict[int, Hook] = {}
+        self._ids = itertools.count()
+        self._rearming: asyncio.Task[None] | None = None
+        self.inbox = ""  # our private subject prefix; set once connected
+
+    @classmethod
+    async def connect(cls, options: BusOptions, *, service: str, patience_s: float = 15.0) -> "Bus":
+        """Connect as ``service``, waiting up to ``patience_s`` for a server.
+
+        Raises BusUnavailable, at once where the server refuses our credentials.
+        """
+        bus = cls(options, service)
+        refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        async def on_error(error: Exception) -> None:
+            # Permission denials arrive here, asynchronously: make them loud.
+            if not isinstance(error, ConnectionError | OSError | TimeoutError):
+                log.error("nats (%s): %s", service, error)
+                if "uthorization" in str(error) and not refused.done():
+                    refused.set_result(str(error))
+
+        connecting = asyncio.ensure_future(
+            bus._client.connect(
+                options.url,
+                name=f"hotswap-{service}",
+                user=options.user or None,
+                password=options.password or None,
+                inbox_prefix=options.inbox_prefix,
+                error_cb=on_error,
+                disconnected_cb=bus._disconnected,
+                reconnected_cb=bus._reconnected,
+                max_reconnect_attempts=-1,
+                reconnect_time_wait=0.25,  # type: ignore[arg-type]
+                connect_timeout=2,
+                ping_interval=5,
+                max_outstanding_pings=2,
+                pending_size=MAX_PENDING_BYTES,
+            )
+        )
+        await asyncio.wait(
+            (connecting, refused), timeout=patience_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        why = "no answer"
+        if connecting.done() and not (error := connecting.exception()):
+            bus.inbox = bus._client.new_inbox()
+            return bus
+        if refused.done():
+            why = refused.result()
+        elif connecting.done():
+            why = str(error)
+        connecting.cancel()
+        await bus._client.close()
+        raise BusUnavailable(
+            f"no NATS connection to {options.url} within {patience_s:g} s: {why}. "
+            "Is the server running, and are --nats and --creds right?"
+        )
+
+    async def close(self) -> None:
+        """Flush what was published and disconnect."""
+        if self._rearming:
+            self._rearming.cancel()
+        if not self._client.is_closed:
+            try:
+                await asyncio.wait_for(self._client.flush(), 2)
+            except (TimeoutError, nats.errors.Error):
+                log.warning("closing the bus with unsent messages: the server does not answer")
+            await self._client.close()
+
+    @property
+    def is_connected(self) -> bool:
+        return self._client.is_connected
+
+    @property
+    def max_payload(self) -> int:
+        """Largest message the server takes, in bytes."""
+        return self._client.max_payload
+
+    def on_reconnect(self, hook: Hook) -> Callable[[], None]:
+        """Run ``hook`` after every reconnect, in the order of registration. Returns its undo.
+
+        A restarted server has lost its memory streams and every ephemeral consumer:
+        hooks declare and re-arm them, and must be idempotent.
+        """
+        key = next(self._ids)
+        self._hooks[key] = hook
+        return lambda: self._hooks.pop(key, None) and None
+
+    # -- core NATS -----------------------------------------------------------------------
+
+    async def publish(
+        self, subject: str, message: msgspec.Struct, *, reply: str = "", **headers: str
+    ) -> None:
+        """Publish at most once. Waits in memory while the server is away."""
+        await self.publish_raw(
+            subject, self._encoder.encode(message), reply=reply, headers=self.headers(**headers)
+        )
+
+    async def publish_raw(
+        self, subject: str, data: bytes, *, reply: str = "", headers: dict[str, str] | None = None
+    ) -> None:
+        try:
+            await self._client.publish(subject, data, reply=reply, headers=headers)
+        except nats.errors.Error as error:
+            raise BusError(f"publish to {subject}: {error}") from error
+
+    def headers(self, **headers: str) -> dict[str, str]:
+        """``headers`` plus the current trace context. Underscores become dashes."""
+        out = {name.replace("_", "-"): value for name, value in headers.items()}
+        propagate.inject(out)
+        return out
+
+    async def subscribe(self, subject: str, kind: Any, handler: Handler[Any]) -> Hook:
+        """Call ``handler`` with each message on ``subject``, one at a time. Returns its undo.
+
+        ``kind`` is the struct type (or tagged union) of the body. A message that does not
+        decode is logged and dropped: one bad publisher must not stop a service.
+        """
+        decoder = msgspec.json.Decoder(kind)
+
+        async def on_raw(raw: RawMessage) -> None:
+            try:
+                body = decoder.decode(raw.data)
+            except msgspec.DecodeError as error:
+                log.error("dropped a message on %s: %s", raw.subject, error)
+                return
+            context = propagate.extract(raw.headers)
+            await handler(Message(raw.subject, body, raw.headers, context))
+
+        return await self.subscribe_raw(subject, on_raw)
+
+    async def subscribe_raw(self, subject: str, handler: RawHandler) -> Hook:
+        """Like `subscribe`, undecoded (status messages included).
+
+        The undo lets the handler see whatever the server had sent before it took note.
+        """
+
+        async def on_msg(msg: Msg) -> None:
+            try:
+                await handler(RawMessage(msg.subject, msg.reply, msg.data, msg.headers or {}))
+            except Exception:
+                log.exception("handler of %s failed on %s", subject, msg.subject)
+
+        subscription: Subscription = await self._client.subscribe(
+            subject, cb=on_msg, pending_msgs_limit=-1, pending_bytes_limit=-1
+        )
+
+        async def unsubscribe() -> None:
+            try:
+                if self._client.is_connected:
+                    await subscription.drain()  # type: ignore[no-untyped-call]
+                elif not self._client.is_closed:
+                    await subscription.unsubscribe()
+            except nats.errors.Error as error:  # the connection went away meanwhile: so did it
+                log.debug("unsubscribing from %s: %s", subject, error)
+
+        return unsubscribe
+
+    async def flush(self) -> None:
+        """Wait until the server has seen everything sent so far (subscriptions too)."""
+        await self._client.flush()
+
+    # -- JetStream -----------------------------------------------------------------------
+
+    async def jetstream(self, api: str, body: Any = None, timeout_s: float = 5.0) -> dict[str, Any]:
+        """Call ``$JS.API.<api>``. Raises JetStreamError, BusUnavailable."""
+        data = self._encoder.encode(body) if body is not None else b""
+        return await self._js_request(f"$JS.API.{api}", data, None, timeout_s)
+
+    async def store(
+        self, subject: str, data: bytes, headers: dict[str, str], timeout_s: float = 5.0
+    ) -> int:
+        """Publish into the stream that owns ``subject``; returns its sequence number."""
+        ack = await self._js_request(subject, data, headers, timeout_s)
+        return int(ack["seq"])
+
+    async def _js_request(
+        self, subject: str, data: bytes, headers: dict[str, str] | None, timeout_s: float
+    ) -> dict[str, Any]:
+        try:
+            msg = await self._client.request(subject, data, timeout=timeout_s, headers=headers)
+        except nats.errors.NoRespondersError as error:
+            raise JetStreamError(subject, 0, "no such stream, or JetStream is off") from error
+        except (nats.errors.Error, TimeoutError) as error:
+            raise BusUnavailable(f"{subject}: the NATS server did not answer: {error}") from error
+        answer: dict[str, Any] = msgspec.json.decode(msg.data)
+        if problem := answer.get("error"):
+            code, words = problem.get("err_code", 0), problem.get("description", "refused")
+            raise JetStreamError(subject, code, words)
+        return answer
+
+    # -- reconnects ----------------------------------------------------------------------
+
+    async def _disconnected(self) -> None:
+        if not self._client.is_closed:
+            log.warning("%s lost its NATS connection; reconnecting", self.service)
+
+    async def _reconnected(self) -> None:
+        log.warning("%s is connected to NATS again", self.service)
+        if self._rearming:
+            self._rearming.cancel()
+        self._rearming = asyncio.create_task(self._rearm())
+
+    async def _rearm(self) -> None:
+        for hook in list(self._hooks.values()):
+            while True:
+                try:
+                    await hook()
+                    break
+                except BusError as error:  # the server may still be coming up
+                    log.warning("re-arming after a reconnect: %s; trying again", error)
+                    await asyncio.sleep(0.25)

@@ -1,0 +1,246 @@
+"""The request queue: a JetStream work queue, one subject per model, pulled by free slots.
+
+    api    enqueue -> [HS_REQUESTS] -> Puller -> Delivery   agent
+                                                  |- ack          the request ended
+                                                  |- nak          not now: deliver again at once
+                                                  |- in_progress  still on it: do not redeliver
+
+All replicas of a model share one consumer with a ``prioritized`` priority group, so a
+replica that is to be drained can pull behind the others. nats-py has no priority groups,
+hence the raw CONSUMER.CREATE and MSG.NEXT requests.
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import msgspec
+from opentelemetry import propagate
+from opentelemetry.context import Context
+
+from schemas import names
+from schemas.requests import GenerateRequest
+from services.bus.connection import Bus, BusError, Hook, JetStreamError, RawMessage
+from services.bus.topology import NS
+
+log = logging.getLogger(__name__)
+
+PRIORITY_GROUP = "replicas"
+PULL_EXPIRES_S = 30.0
+REDELIVER_AFTER_S = 5.0  # a Delivery that is neither acked nor in_progress for this long
+_CONSUMER_IDLE_S = 300.0
+_FULL = (10077, 10054, 10053)  # "maximum messages per subject exceeded" and its kin
+
+_request_decoder = msgspec.json.Decoder(GenerateRequest)
+
+
+class QueueFull(BusError):
+    """The model's queue has no room; try again later."""
+
+
+@dataclass
+class Delivery:
+    """One request as the queue gave it to us."""
+
+    request: GenerateRequest
+    context: Context = field(repr=False)
+    num_delivered: int
+    stream_seq: int
+    _bus: Bus = field(repr=False)
+    _ack_subject: str = field(repr=False)
+
+    async def ack(self) -> None:
+        await self._bus.publish_raw(self._ack_subject, b"+ACK")
+
+    async def nak(self) -> None:
+        await self._bus.publish_raw(self._ack_subject, b"-NAK")
+
+    async def in_progress(self) -> None:
+        await self._bus.publish_raw(self._ack_subject, b"+WPI")
+
+
+class WorkQueue:
+    """The api's and the scheduler's side of the queue."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+
+    async def enqueue(self, request: GenerateRequest) -> int:
+        """Store ``request`` for some replica; returns its stream sequence.
+
+        Idempotent by request id within the stream's duplicate window.
+        Raises QueueFull, BusUnavailable.
+        """
+        left_s = max(1, round(request.deadline_at - time.time()))
+        headers = self._bus.headers(Nats_Msg_Id=request.request_id, Nats_TTL=f"{left_s}s")
+        subject = names.request_subject(request.klass, request.model)
+        try:
+            return await self._bus.store(subject, msgspec.json.encode(request), headers)
+        except JetStreamError as error:
+            if error.code in _FULL:
+                raise QueueFull(f"the queue of model {request.model!r} is full") from error
+            raise
+
+    async def withdraw(self, stream_seq: int) -> bool:
+        """Take a request back. False where it already left the queue."""
+        try:
+            await self._bus.jetstream(
+                f"STREAM.MSG.DELETE.{names.STREAM_REQUESTS}", {"seq": stream_seq, "no_erase": True}
+            )
+        except JetStreamError:
+            return False
+        return True
+
+    async def depths(self) -> tuple[dict[str, int], float]:
+        """Requests per model in the queue, those in flight at agents included, and when.
+
+        The time is unix seconds by the server's clock, just before it counted.
+        """
+        asked_at = time.monotonic()
+        info = await self._bus.jetstream(
+            f"STREAM.INFO.{names.STREAM_REQUESTS}",
+            {"subjects_filter": f"{names.PREFIX}.requests.>"},
+        )
+        depths: dict[str, int] = {}
+        for subject, count in (info["state"].get("subjects") or {}).items():
+            model = names.model_of_subject(subject)
+            depths[model] = depths.get(model, 0) + count
+        took_s = time.monotonic() - asked_at
+        return depths, datetime.fromisoformat(info["ts"]).timestamp() - took_s
+
+
+class Puller:
+    """Pulls one model's requests for one replica, never more than asked for by `want`."""
+
+    def __init__(
+        self, bus: Bus, model: str, on_delivery: Callable[[Delivery], Awaitable[None]]
+    ) -> None:
+        self.model = model
+        self._bus = bus
+        self._on_delivery = on_delivery
+        self._consumer = names.consumer_name(model)
+        self._inbox = f"{bus.inbox}.pull.{names.escape(model)}.{id(self):x}"
+        self._pulls: dict[str, int] = {}  # open MSG.NEXT requests: inbox token -> still to come
+        self._ids = itertools.count()
+        self._stopped = False
+        self._unsubscribe: Hook | None = None
+        self._undo_hook: Callable[[], None] | None = None
+        self._wanted = 0
+        self._retry: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Make the consumer exist and listen. Nothing is pulled until `want`."""
+        self._unsubscribe = await self._bus.subscribe_raw(f"{self._inbox}.*", self._on_raw)
+        await self._create_consumer()
+        self._undo_hook = self._bus.on_reconnect(self._rearm)
+
+    async def want(self, num_free: int) -> None:
+        """There is room for ``num_free`` more requests: keep that many asked for."""
+        self._wanted = num_free
+        short = num_free - sum(self._pulls.values())
+        if short <= 0 or self._stopped:
+            return
+        token = str(next(self._ids))
+        self._pulls[token] = short
+        body = {
+            "batch": short,
+            "expires": int(PULL_EXPIRES_S * NS),
+            "group": PRIORITY_GROUP,
+            "priority": 0,
+        }
+        await self._bus.publish_raw(
+            f"$JS.API.CONSUMER.MSG.NEXT.{names.STREAM_REQUESTS}.{self._consumer}",
+            msgspec.json.encode(body),
+            reply=f"{self._inbox}.{token}",
+        )
+
+    def stop(self) -> None:
+        """Take no more. What the server sent before it took note is handed back at once.
+
+        Without a listener the server drops our open pulls by itself.
+        """
+        if self._stopped:
+            return
+        self._stopped = True
+        if self._undo_hook:
+            self._undo_hook()
+        if self._retry:
+            self._retry.cancel()
+        if self._unsubscribe:
+            self._closing = asyncio.ensure_future(self._unsubscribe())
+
+    async def _create_consumer(self) -> None:
+        config: dict[str, Any] = {
+            "durable_name": self._consumer,
+            "filter_subject": f"{names.PREFIX}.requests.*.{names.escape(self.model)}",
+            "ack_policy": "explicit",
+            "ack_wait": int(REDELIVER_AFTER_S * NS),
+            "max_ack_pending": 10_000,
+            "inactive_threshold": int(_CONSUMER_IDLE_S * NS),
+            "priority_policy": "prioritized",
+            "priority_groups": [PRIORITY_GROUP],
+        }
+        await self._bus.jetstream(
+            f"CONSUMER.CREATE.{names.STREAM_REQUESTS}.{self._consumer}",
+            {"stream_name": names.STREAM_REQUESTS, "config": config, "action": ""},
+        )
+
+    async def _rearm(self) -> None:
+        self._pulls.clear()
+        await self._create_consumer()
+        await self.want(self._wanted)
+
+    async def _on_raw(self, raw: RawMessage) -> None:
+        token = raw.subject.rsplit(".", 1)[1]
+        if status := raw.headers.get("Status"):
+            await self._on_status(token, status, raw.headers.get("Description", ""))
+            return
+        if token in self._pulls:
+            self._pulls[token] -= 1
+            if self._pulls[token] == 0:
+                del self._pulls[token]
+        await self._on_message(raw)
+
+    async def _on_status(self, token: str, status: str, description: str) -> None:
+        if status == "100":  # idle heartbeat
+            return
+        self._pulls.pop(token, None)
+        if self._stopped:
+            return
+        if status in ("404", "408"):  # nothing came before the pull expired: ask again
+            await self.want(self._wanted)
+        else:  # 409: consumer deleted, server shutting down, leadership change ...
+            log.warning("pull for %s ended: %s %s", self.model, status, description)
+            self._retry = asyncio.create_task(self._retry_later())
+
+    async def _retry_later(self) -> None:
+        while not self._stopped:
+            await asyncio.sleep(0.2)
+            try:
+                await self._rearm()
+                return
+            except BusError as error:
+                log.warning("pulling for %s again: %s", self.model, error)
+
+    async def _on_message(self, raw: RawMessage) -> None:
+        # $JS.ACK.[domain.account.]<stream>.<consumer>.<delivered>.<seq>.<cseq>.<time>.<pending>
+        tail = raw.reply.split(".")
+        num_delivered, stream_seq = int(tail[-5]), int(tail[-4])
+        if self._stopped:
+            await self._bus.publish_raw(raw.reply, b"-NAK")
+            return
+        try:
+            request = _request_decoder.decode(raw.data)
+        except msgspec.DecodeError as error:
+            log.error("dropped an unreadable request for %s: %s", self.model, error)
+            await self._bus.publish_raw(raw.reply, b"+TERM")
+            return
+        context = propagate.extract(raw.headers)
+        await self._on_delivery(
+            Delivery(request, context, num_delivered, stream_seq, self._bus, raw.reply)
+        )

@@ -1,0 +1,320 @@
+"""One NVIDIA GPU: a page pool over the driver's virtual memory calls.
+
+Every page is one physical allocation, created at start and mapped twice when in use:
+
+    handles   [h0][h1][h2][h3]               cuMemCreate, once
+    identity  [h0][h1][h2][h3]               cuMemMap, once; KV pages are used here
+    region A       [h1][h2]                  cuMemMap per page at swap-in, one cuMemSetAccess;
+                                             one cuMemUnmap at swap-out
+
+The region's addresses are reserved once, so parameters are views made once. Unlike on the CPU
+a mapped page stays reachable in the identity view too; nothing uses it there.
+
+Order between streams: copies run on a stream of their own. Before the first copy after a map it
+waits for the compute stream, ``join_copies`` makes the compute stream wait for the copies, and
+``unmap`` waits for both, because the driver does not.
+
+The driver module (``cuda.bindings.driver``) is an argument, so that everything but the driver
+is tested on machines without one.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+
+from services.gpu_agent.pages import DeviceError, PagePool, Region, Stamp
+
+PAGE_BYTES: Final = 32 * 2**20  # at 2 MiB the map calls cost as much as the copy
+
+
+def open_cuda_pool(num_pages: int, page_bytes: int, index: int) -> "CudaPool":
+    """The pool on GPU ``index``, in the context that torch uses. Raises DeviceError."""
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    torch.cuda.set_device(index)
+    return CudaPool(
+        importlib.import_module("cuda.bindings.driver"),
+        num_pages,
+        page_bytes,
+        index,
+        device_name=torch.cuda.get_device_name(index),
+        torch_device=torch.device("cuda", index),
+        compute_stream=lambda: int(torch.cuda.current_stream(index).cuda_stream),
+        tensor_at=_cuda_tensor_at,
+    )
+
+
+class _Driver:
+    """Calls into the driver: every result is checked, and an error names call and sizes."""
+
+    def __init__(self, driver: Any) -> None:
+        self.names = driver
+
+    def __call__(self, call: str, *arguments: Any, about: str) -> Any:
+        """What ``call`` returns after its status: nothing, one value, or a tuple."""
+        status, *values = getattr(self.names, call)(*arguments)
+        if status != self.names.CUresult.CUDA_SUCCESS:
+            remedy = ""
+            if status == self.names.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+                remedy = ": the GPU's memory is taken, lower the budget or stop who else uses it"
+            raise DeviceError(f"{call} ({about}) failed: {self._describe(status)}{remedy}")
+        return values[0] if len(values) == 1 else tuple(values)
+
+    def _describe(self, status: Any) -> str:
+        _, text = self.names.cuGetErrorString(status)
+        text = text.decode() if isinstance(text, bytes) else str(text)
+        return f"{getattr(status, 'name', status)} ({text})"
+
+
+class CudaPool(PagePool):
+    """``num_pages`` of one GPU's memory. Use ``open_cuda_pool``.
+
+    ``compute_stream()``: handle of the stream that the models run on. ``tensor_at(address,
+    num_bytes)``: uint8 tensor over device memory.
+    """
+
+    kind = "cuda"
+
+    def __init__(
+        self,
+        driver: Any,
+        num_pages: int,
+        page_bytes: int,
+        index: int,
+        *,
+        device_name: str,
+        torch_device: torch.device,
+        compute_stream: Callable[[], int],
+        tensor_at: Callable[[int, int], torch.Tensor],
+    ) -> None:
+        super().__init__(page_bytes, num_pages)
+        self.device_name = device_name
+        self.torch_device = torch_device
+        self.call: Final = _Driver(driver)
+        self.handles: list[Any] = []
+        self._index = index
+        self._compute_stream = compute_stream
+        self.tensor_at = tensor_at
+        self._undo: list[Callable[[], None]] = []
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        call, names, size = self.call, self.call.names, self.budget_bytes
+        call("cuInit", 0, about="start")
+        self._device = call("cuDeviceGet", self._index, about=f"GPU {self._index}")
+        self._context = call("cuDevicePrimaryCtxRetain", self._device, about=f"GPU {self._index}")
+        self._later("cuDevicePrimaryCtxRelease", self._device, about=f"GPU {self._index}")
+        call("cuCtxSetCurrent", self._context, about=f"GPU {self._index}")
+        self._location_properties()
+        granularity = call(
+            "cuMemGetAllocationGranularity",
+            self._properties,
+            names.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM,
+            about=f"GPU {self._index}",
+        )
+        if self.page_bytes % granularity:
+            raise DeviceError(
+                f"pages of {self.page_bytes} bytes do not fit this GPU's granularity of "
+                f"{granularity} bytes: set page_bytes to a multiple of it"
+            )
+        for page in range(self.num_pages):
+            about = f"page {page} of {self.num_pages}, {self.page_bytes} bytes"
+            self.handles.append(
+                call("cuMemCreate", self.page_bytes, self._properties, 0, about=about)
+            )
+            self._later("cuMemRelease", self.handles[-1], about=about)
+        self._home = self.reserve_range(size)
+        self._undo.append(lambda: self.free_range(self._home, size))
+        self.map_range(self._home, tuple(range(self.num_pages)))
+        self._undo.append(lambda: self.unmap_range(self._home, size))
+        self._bytes = self.tensor_at(self._home, size)
+        flag = names.CUstream_flags.CU_STREAM_NON_BLOCKING
+        self.copy_stream = call("cuStreamCreate", flag, about="copy stream")
+        self._later("cuStreamDestroy", self.copy_stream, about="copy stream")
+
+    def _location_properties(self) -> None:
+        names = self.call.names
+        self._properties = names.CUmemAllocationProp()
+        self._properties.type = names.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        self._properties.location.type = names.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        self._properties.location.id = self._index
+        self._access = names.CUmemAccessDesc()
+        self._access.location = self._properties.location
+        self._access.flags = names.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+
+    def _later(self, call: str, *arguments: Any, about: str) -> None:
+        self._undo.append(lambda: self.call(call, *arguments, about=about))
+
+    # -- address ranges, for the pool and its regions ----------------------------------------
+
+    def reserve_range(self, num_bytes: int) -> int:
+        """Address of a new range, aligned to pages."""
+        about = f"{num_bytes} bytes aligned to {self.page_bytes}"
+        return int(self.call("cuMemAddressReserve", num_bytes, self.page_bytes, 0, 0, about=about))
+
+    def free_range(self, address: int, num_bytes: int) -> None:
+        self.call("cuMemAddressFree", address, num_bytes, about=f"{num_bytes} bytes")
+
+    def map_range(self, address: int, pages: tuple[int, ...]) -> None:
+        """Map ``pages`` one after another from ``address`` on; all or nothing."""
+        size = len(pages) * self.page_bytes
+        mapped = 0
+        try:
+            for page in pages:
+                about = f"page {page} at byte {mapped} of {size}, {self.page_bytes} bytes"
+                where, handle = address + mapped, self.handles[page]
+                self.call("cuMemMap", where, self.page_bytes, 0, handle, 0, about=about)
+                mapped += self.page_bytes
+            self.call("cuMemSetAccess", address, size, [self._access], 1, about=f"{size} bytes")
+        except DeviceError:
+            if mapped:
+                self.unmap_range(address, mapped)
+            raise
+
+    def unmap_range(self, address: int, num_bytes: int) -> None:
+        self.call("cuMemUnmap", address, num_bytes, about=f"{num_bytes} bytes")
+
+    # -- PagePool ------------------------------------------------------------------------------
+
+    def identity(self, dtype: torch.dtype) -> torch.Tensor:
+        return self._bytes.view(dtype)
+
+    def reserve(self, num_bytes: int) -> "CudaRegion":
+        if num_bytes < 1:
+            raise ValueError(f"can not reserve {num_bytes} bytes")
+        return CudaRegion(self, self.pages_for(num_bytes) * self.page_bytes)
+
+    def pin_host(self, address: int, num_bytes: int) -> bool:
+        # A loading thread calls this: the driver's context is per thread.
+        self.call("cuCtxSetCurrent", self._context, about=f"GPU {self._index}")
+        self.call("cuMemHostRegister", address, num_bytes, 0, about=f"{num_bytes} bytes")
+        return True
+
+    def unpin_host(self, address: int) -> None:
+        self.call("cuCtxSetCurrent", self._context, about=f"GPU {self._index}")
+        self.call("cuMemHostUnregister", address, about="host image")
+
+    def order_copies_after_compute(self) -> None:
+        """Copies queued from now on wait for what the compute stream was given so far."""
+        self._order(self._compute_stream(), self.copy_stream)
+
+    def _order(self, first: Any, then: Any) -> None:
+        event = self.call("cuEventCreate", 0, about="ordering streams")
+        try:
+            self.call("cuEventRecord", event, first, about="ordering streams")
+            self.call("cuStreamWaitEvent", then, event, 0, about="ordering streams")
+        finally:  # the driver keeps it until it is done
+            self.call("cuEventDestroy", event, about="ordering streams")
+
+    def stamp(self) -> Stamp:
+        return _EventStamp(self)
+
+    def join_copies(self) -> None:
+        self._order(self.copy_stream, self._compute_stream())
+        self.call("cuStreamSynchronize", self.copy_stream, about="copy stream")
+
+    def synchronize(self) -> None:
+        self.call("cuCtxSynchronize", about=f"GPU {self._index}")
+
+    def close(self) -> None:
+        """Idempotent; undoes what was done, last first, and raises the first error at the end."""
+        errors: list[DeviceError] = []
+        while self._undo:
+            try:
+                self._undo.pop()()
+            except DeviceError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+
+class CudaRegion(Region):
+    """A reserved range of device addresses that handles are mapped into."""
+
+    def __init__(self, pool: CudaPool, num_bytes: int) -> None:
+        self._pool = pool
+        self._pages: tuple[int, ...] = ()
+        self.num_bytes = num_bytes
+        self.is_mapped = False
+        self._address = pool.reserve_range(num_bytes)
+        self.tensor = pool.tensor_at(self._address, num_bytes)
+
+    def map(self, pages: tuple[int, ...]) -> None:
+        page_bytes = self._pool.page_bytes
+        if self.is_mapped:
+            raise ValueError(f"region already holds {len(self._pages)} pages: unmap it first")
+        if len(pages) * page_bytes != self.num_bytes:
+            raise ValueError(
+                f"{len(pages)} pages of {page_bytes} bytes do not fill a region of "
+                f"{self.num_bytes} bytes"
+            )
+        self._pool.map_range(self._address, pages)
+        self._pages, self.is_mapped = pages, True
+        self._pool.order_copies_after_compute()
+
+    def unmap(self) -> tuple[int, ...]:
+        if not self.is_mapped:
+            raise ValueError("region holds no pages: map it first")
+        self._pool.synchronize()
+        self._pool.unmap_range(self._address, self.num_bytes)
+        pages, self._pages, self.is_mapped = self._pages, (), False
+        return pages
+
+    def copy_in(self, offset: int, source: torch.Tensor) -> None:
+        size = source.numel()
+        if not self.is_mapped:
+            raise ValueError("region holds no pages: map it before copying")
+        if offset < 0 or offset + size > self.num_bytes:
+            raise ValueError(f"{size} bytes at {offset} do not fit {self.num_bytes} bytes")
+        self._pool.call(
+            "cuMemcpyHtoDAsync",
+            self._address + offset,
+            source.data_ptr(),
+            size,
+            self._pool.copy_stream,
+            about=f"{size} bytes to byte {offset} of {self.num_bytes}",
+        )
+
+    def release(self) -> None:
+        if self.is_mapped:
+            raise ValueError(f"region still holds {len(self._pages)} pages: unmap it first")
+        self._pool.free_range(self._address, self.num_bytes)
+
+
+class _EventStamp(Stamp):
+    """An event on the copy stream."""
+
+    def __init__(self, pool: CudaPool) -> None:
+        self._call = pool.call
+        self._event = pool.call("cuEventCreate", 0, about="copy timing")
+        pool.call("cuEventRecord", self._event, pool.copy_stream, about="copy timing")
+
+    def seconds_since(self, earlier: Stamp) -> float:
+        assert isinstance(earlier, _EventStamp)
+        elapsed = self._call("cuEventElapsedTime", earlier._event, self._event, about="copy timing")
+        return float(elapsed) / 1000
+
+    def __del__(self) -> None:
+        if hasattr(self, "_event"):
+            self._call.names.cuEventDestroy(self._event)
+
+
+class _DeviceMemory:
+    """Raw device memory as ``torch.as_tensor`` understands it."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+def _cuda_tensor_at(address: int, num_bytes: int) -> torch.Tensor:
+    return torch.as_tensor(_DeviceMemory(address, num_bytes), device="cuda")

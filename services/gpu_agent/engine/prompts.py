@@ -1,0 +1,120 @@
+"""A model's tokenizer side: prompts to token ids, and which ids end a completion."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, GenerationConfig
+
+from schemas.requests import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+
+
+class InvalidPrompt(Exception):
+    """The prompt cannot be turned into tokens of this model. The message is for the client."""
+
+
+class BadTokenizer(Exception):
+    """The model's tokenizer files are missing or unreadable. The message names the folder."""
+
+
+class ModelText:
+    """One model's tokenizer, its end-of-sequence ids, and its vocabulary size.
+
+    Stays for as long as the model is registered, through all swaps. ``vocab_size`` is the
+    number of rows of the embedding: an id at or above it has no embedding.
+    """
+
+    def __init__(self, model: str, tokenizer: Any, eos_ids: frozenset[int], vocab_size: int):
+        self.model: Final = model
+        self.tokenizer: Final = tokenizer
+        self.eos_ids: Final = eos_ids
+        self.vocab_size: Final = vocab_size
+
+    @classmethod
+    def read(cls, model: str, folder: Path, config: Any, trust_remote_code: bool) -> "ModelText":
+        """Load the tokenizer in ``folder``. Never asks the hub. Raises BadTokenizer."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        except Exception as error:
+            # Whatever goes wrong in there, down to a KeyError in a damaged JSON file, it is
+            # these files that must be repaired.
+            raise BadTokenizer(
+                f"model {model!r}: no usable tokenizer in {folder} "
+                f"({type(error).__name__}: {_first_line(error)}): "
+                "add tokenizer.json and tokenizer_config.json of this model"
+            ) from error
+        vocab_size = int(config.get_text_config().vocab_size)
+        return cls(model, tokenizer, _eos_ids(folder, config, tokenizer), vocab_size)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """``prompt`` as token ids, at least one. Raises InvalidPrompt."""
+        match prompt:
+            case ChatPrompt():
+                ids = self._encode_chat(prompt)
+            case TextPrompt():
+                ids = list(self.tokenizer.encode(prompt.text))
+            case TokenPrompt():
+                ids = list(prompt.token_ids)
+        if not ids:
+            raise InvalidPrompt("the prompt is empty: it has no tokens")
+        wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+        if wrong is not None:
+            raise InvalidPrompt(
+                f"token id {wrong} is outside the vocabulary of model {self.model!r}, "
+                f"which has ids 0 to {self.vocab_size - 1}"
+            )
+        return ids
+
+    def _encode_chat(self, prompt: ChatPrompt) -> list[int]:
+        if not prompt.messages:
+            raise InvalidPrompt("the chat has no messages")
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InvalidPrompt(
+                f"model {self.model!r} has no chat template: use the completions endpoint, "
+                "or add chat_template.jinja to the model's folder"
+            )
+        messages = [
+            {"role": message.role, "content": message.content}
+            | ({} if message.name is None else {"name": message.name})
+            for message in prompt.messages
+        ]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            # Templates refuse by raise_exception(...), for example a role they do not know.
+            raise InvalidPrompt(
+                f"the chat template of model {self.model!r} refused the messages: "
+                f"{_first_line(error)}"
+            ) from error
+        # The template writes the special tokens itself; a second BOS would change the answer.
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+def _eos_ids(folder: Path, config: Any, tokenizer: Any) -> frozenset[int]:
+    """All ids that end a completion: chat models often have a second one beside the first."""
+    found: list[Any] = [config.get_text_config().eos_token_id, tokenizer.eos_token_id]
+    if (folder / "generation_config.json").is_file():
+        try:
+            generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise BadTokenizer(
+                f"{folder / 'generation_config.json'} cannot be read: {_first_line(error)}"
+            ) from error
+        # It is the more specific word: what config.json says is often the base model's.
+        found = [generation.eos_token_id or found[0], tokenizer.eos_token_id]
+    flat: set[int] = set()
+    for value in found:
+        if isinstance(value, int):
+            flat.add(value)
+        elif value is not None and not isinstance(value, Mapping):
+            flat.update(int(i) for i in value)
+    return frozenset(flat)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

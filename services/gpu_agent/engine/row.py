@@ -1,0 +1,109 @@
+"""One request inside a batch: what is known of it between two steps."""
+
+import time
+from dataclasses import dataclass
+
+from schemas.requests import GenerateRequest
+from schemas.stream import FinishReason
+from services.gpu_agent.engine.detokenize import TextStream
+from services.gpu_agent.engine.kv import Blocks, Span
+from services.gpu_agent.engine.prompts import ModelText
+from services.gpu_agent.engine.sampling import Sampler
+from services.gpu_agent.ipc import Broke, Done, FromWorker, Produced
+
+
+@dataclass(eq=False)  # a row is itself, whatever it holds
+class Row:
+    """A request, waiting or running.
+
+        ids    p p p p p p p p o o o        p: prompt, o: chosen so far
+               `-------- num_cached -----'  KV of these is in the pages
+
+    It is in prefill until all of the prompt is cached; from then on each step adds one.
+    Times are `time.perf_counter` seconds.
+    """
+
+    request: GenerateRequest
+    ids: list[int]
+    num_prompt: int
+    max_new: int
+    sampler: Sampler
+    text: TextStream
+    eos_ids: frozenset[int]
+    blocks: Blocks | None = None  # None while it waits
+    num_cached: int = 0
+    begun_at: float = 0.0
+    first_token_at: float = 0.0
+    ended: bool = False
+
+    @classmethod
+    def of(cls, request: GenerateRequest, ids: list[int], max_new: int, text: ModelText) -> "Row":
+        params = request.sampling
+        return cls(
+            request=request,
+            ids=ids,
+            num_prompt=len(ids),
+            max_new=max_new,
+            sampler=Sampler(params, text.eos_ids),
+            text=TextStream(text.tokenizer, ids, params.stop),
+            eos_ids=frozenset() if params.ignore_eos else text.eos_ids,
+        )
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_new(self) -> int:
+        """Tokens chosen so far."""
+        return len(self.ids) - self.num_prompt
+
+    @property
+    def in_prefill(self) -> bool:
+        return self.num_cached < self.num_prompt
+
+    def span(self, most: int) -> Span:
+        """What to compute next, ``most`` tokens at the most."""
+        assert self.blocks is not None
+        return Span(self.blocks, self.num_cached, min(self.num_cached + most, len(self.ids)))
+
+    def accept(self, token_id: int) -> list[FromWorker]:
+        """Add a chosen token; what to tell about it. Ends the row where this was the last."""
+        self.ids.append(token_id)
+        if self.num_new == 1:
+            self.first_token_at = time.perf_counter()
+        may_stop = self.num_new >= self.request.sampling.min_tokens
+        is_eos = token_id in self.eos_ids
+        # An end-of-sequence token is counted, but it is not text even where the tokenizer
+        # would print it.
+        text, stopped = ("", False) if is_eos else self.text.push(token_id, may_stop)
+        out: list[FromWorker] = [
+            Produced(self.request_id, self.num_new - 1, (token_id,), text),
+        ]
+        if stopped:
+            out.append(self.finish("stop"))
+        elif is_eos or self.num_new >= self.max_new:
+            rest, stopped = self.text.flush(may_stop)
+            reason: FinishReason = "stop" if is_eos or stopped else "length"
+            out.append(self.finish(reason, rest))
+        return out
+
+    def finish(self, reason: FinishReason, text: str = "") -> Done:
+        """The one terminal message of a row that ends well."""
+        self.ended = True
+        now = time.perf_counter()
+        first = self.first_token_at or now
+        return Done(
+            request_id=self.request_id,
+            finish_reason=reason,
+            prompt_tokens=self.num_prompt,
+            completion_tokens=self.num_new,
+            prefill_s=first - self.begun_at if self.begun_at else 0.0,
+            decode_s=now - first if self.first_token_at else 0.0,
+            text=text,
+        )
+
+    def fail(self, error: Broke) -> Broke:
+        """The one terminal message of a row that does not."""
+        self.ended = True
+        return error

@@ -1,0 +1,185 @@
+"""Control process <-> engine worker: the messages, and how they are framed.
+
+The two are separate processes so that a busy interpreter lock in the engine never delays
+the bus. They talk over one Unix stream socket: a 4-byte big-endian length, then msgpack.
+
+    control -> worker   Register  Load  SwapIn  SwapOut  Submit  Cancel  Shutdown
+    worker -> control   Ready  Registered  LoadProgress  Loaded  SwappedIn  SwappedOut  OpFailed
+                        Begun  Produced  Done  Broke                (per request; Done or Broke ends it)
+
+The worker answers every Register, Load, SwapIn and SwapOut exactly once, and every Submit
+with exactly one Done or Broke.
+"""
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from schemas.requests import GenerateRequest
+from schemas.state import ModelFacts, ModelSpec, SwapTrace
+from schemas.stream import ErrorCode, FinishReason
+
+MAX_FRAME_BYTES = 64 * 2**20
+
+
+# -- control -> worker -------------------------------------------------------------------
+
+
+class Register(msgspec.Struct, frozen=True, tag=True):
+    spec: ModelSpec
+
+
+class Load(msgspec.Struct, frozen=True, tag=True):
+    model: str
+
+
+class SwapIn(msgspec.Struct, frozen=True, tag=True):
+    model: str
+
+
+class SwapOut(msgspec.Struct, frozen=True, tag=True):
+    """Control has drained the model first; the worker refuses while requests run."""
+
+    model: str
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    request: GenerateRequest
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+ToWorker: TypeAlias = Register | Load | SwapIn | SwapOut | Submit | Cancel | Shutdown
+
+
+# -- worker -> control -------------------------------------------------------------------
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The worker is up and its page pool exists."""
+
+    device: str  # "cpu" or "cuda"
+    device_name: str
+    page_bytes: int
+    budget_bytes: int
+
+
+class Registered(msgspec.Struct, frozen=True, tag=True):
+    model: str
+    facts: ModelFacts
+
+
+class LoadProgress(msgspec.Struct, frozen=True, tag=True):
+    model: str
+    done_bytes: int
+    total_bytes: int
+
+
+class Loaded(msgspec.Struct, frozen=True, tag=True):
+    model: str
+    num_bytes: int
+    load_s: float
+
+
+class SwappedIn(msgspec.Struct, frozen=True, tag=True):
+    model: str
+    trace: SwapTrace
+    used_bytes: int  # pages in use on the device after it
+
+
+class SwappedOut(msgspec.Struct, frozen=True, tag=True):
+    model: str
+    trace: SwapTrace
+    used_bytes: int
+
+
+class OpFailed(msgspec.Struct, frozen=True, tag=True):
+    """Nothing changed; ``reason`` names the cause and what to do."""
+
+    model: str
+    op: Literal["register", "load", "swap_in", "swap_out"]
+    reason: str
+
+
+class Begun(msgspec.Struct, frozen=True, tag=True):
+    """Admitted to the batch; prefill starts. ``at`` is unix seconds."""
+
+    request_id: str
+    prompt_tokens: int
+    at: float
+
+
+class Produced(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    prefill_s: float
+    decode_s: float
+    text: str = ""
+
+
+class Broke(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+    code: ErrorCode
+    message: str
+
+
+FromWorker: TypeAlias = (
+    Ready
+    | Registered
+    | LoadProgress
+    | Loaded
+    | SwappedIn
+    | SwappedOut
+    | OpFailed
+    | Begun
+    | Produced
+    | Done
+    | Broke
+)
+
+_encoder = msgspec.msgpack.Encoder()
+to_worker_decoder = msgspec.msgpack.Decoder(ToWorker)
+from_worker_decoder = msgspec.msgpack.Decoder(FromWorker)
+
+
+def frame(message: ToWorker | FromWorker) -> bytes:
+    """``message`` as it goes over the socket."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise ValueError(f"{type(message).__name__} of {len(body)} bytes is over {MAX_FRAME_BYTES}")
+    return len(body).to_bytes(4, "big") + body
+
+
+class FrameReader:
+    """Cuts a byte stream back into frame bodies. Feed it whatever the socket gave."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        self._buffer += data
+        bodies = []
+        while len(self._buffer) >= 4:
+            size = int.from_bytes(self._buffer[:4], "big")
+            if size > MAX_FRAME_BYTES:
+                raise ValueError(f"frame of {size} bytes is over {MAX_FRAME_BYTES}")
+            if len(self._buffer) < 4 + size:
+                break
+            bodies.append(bytes(self._buffer[4 : 4 + size]))
+            del self._buffer[: 4 + size]
+        return bodies

@@ -1,0 +1,73 @@
+"""What one agent knows of its replicas, and the records it publishes about them.
+
+Control is the only writer; `status` and `residency` are read-outs.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+from schemas.state import (
+    ModelFacts,
+    ModelSpec,
+    ReplicaState,
+    ReplicaStatus,
+    ResidencyRecord,
+    SwapTrace,
+)
+from schemas.stream import StartKind
+from services.bus import Puller
+
+
+@dataclass
+class Replica:
+    """One deployment on this GPU. ``generation``: of the last command accepted for it."""
+
+    spec: ModelSpec
+    generation: int
+    state: ReplicaState = "cold"
+    facts: ModelFacts | None = None
+    reason: str = ""
+    loaded_at: float = 0.0  # unix seconds when the host image was last filled
+    resident_since: float = 0.0
+    last_swap_in: SwapTrace | None = None
+    drain_started_at: float = 0.0
+    puller: Puller | None = None
+    in_flight: set[str] = field(default_factory=set)  # request ids at the worker
+    changed_at: float = field(default_factory=time.time)
+
+    @property
+    def num_free(self) -> int:
+        """Requests that may join the batch now."""
+        most = self.facts.max_batch if self.facts else 0
+        return max(0, most - len(self.in_flight)) if self.state == "resident" else 0
+
+    def move(self, state: ReplicaState, reason: str = "") -> None:
+        self.state = state
+        self.reason = reason
+        self.changed_at = time.time()
+
+    def start_kind(self, created_at: float) -> StartKind:
+        """How a request admitted at ``created_at`` (unix seconds) found the model."""
+        if created_at >= self.resident_since:
+            return "warm"
+        return "cold" if created_at < self.loaded_at else "switch"
+
+    def status(self) -> ReplicaStatus:
+        return ReplicaStatus(
+            model=self.spec.name,
+            state=self.state,
+            generation=self.generation,
+            in_flight=len(self.in_flight),
+            facts=self.facts,
+            reason=self.reason,
+        )
+
+    def residency(self, gpu: str) -> ResidencyRecord:
+        return ResidencyRecord(
+            gpu=gpu,
+            model=self.spec.name,
+            state=self.state,
+            generation=self.generation,
+            changed_at=self.changed_at,
+            reason=self.reason,
+        )

@@ -1,0 +1,73 @@
+"""What the agent tells the world: events, residency records, spans."""
+
+from opentelemetry.context import Context
+
+from schemas import names
+from schemas.events import AgentEvent, kind_of
+from schemas.state import AgentStatus, ResidencyRecord, SwapTrace
+from services import telemetry
+from services.bus import Bucket, Bus, Writer
+
+
+class Reporter:
+    """The agent's voice on the bus. Residency is written while `residency_writer` runs."""
+
+    def __init__(self, bus: Bus, gpu: str) -> None:
+        self._bus = bus
+        self._gpu = gpu
+        self._bucket = Bucket(bus, names.BUCKET_RESIDENCY, ResidencyRecord)
+        self.residency_writer = Writer(self._bucket)
+
+    async def event(self, event: AgentEvent) -> None:
+        model = getattr(event, "model", "")
+        await self._bus.publish(names.event_subject(kind_of(event), self._gpu, model), event)
+
+    async def status(self, status: AgentStatus) -> None:
+        await self._bus.publish(names.status_subject(self._gpu), status)
+
+    def residency(self, record: ResidencyRecord) -> None:
+        """Have ``record`` written to HS_RESIDENCY soon."""
+        self.residency_writer.put(names.replica_key(self._gpu, record.model), record)
+
+    async def clear_residency(self) -> None:
+        """Forget what an earlier run of this agent left."""
+        for key, record in (await self._bucket.items()).items():
+            if record.gpu == self._gpu:
+                await self._bucket.delete(key)
+
+    # -- spans, made after the fact from measured times (unix seconds) ---------------------
+
+    def span(
+        self,
+        name: str,
+        context: Context | None,
+        start: float,
+        end: float,
+        model: str,
+        **attributes: str | int | float,
+    ) -> None:
+        span = telemetry.tracer.start_span(
+            name,
+            context=context,
+            start_time=telemetry.nanoseconds(start),
+            attributes={
+                telemetry.ATTR_MODEL: model,
+                telemetry.ATTR_GPU: self._gpu,
+                **{f"hotswap.{key}": value for key, value in attributes.items()},
+            },
+        )
+        span.end(telemetry.nanoseconds(end))
+
+    def swap_span(self, name: str, context: Context | None, model: str, trace: SwapTrace) -> None:
+        self.span(
+            name,
+            context,
+            trace.started_at,
+            trace.started_at + trace.total_s,
+            model,
+            num_bytes=trace.num_bytes,
+            gb_per_s=trace.gb_per_s,
+            drain_s=trace.drain_s,
+            map_s=trace.map_s,
+            copy_s=trace.copy_s,
+        )

@@ -1,0 +1,270 @@
+"""The engine process: one end of a Unix socket, one loop, one engine.
+
+    python -m services.gpu_agent.worker --fd 3 --device auto --budget-bytes 2147483648
+
+The loop, for ever:
+
+1. wait for messages; not at all while a model has something to compute
+2. handle every message that is there, and what the background thread has finished
+3. one step of one busy model
+4. send what came of it
+
+Everything happens in the loop's thread but slow file work (loading a host image, fetching
+a model from the hub), which a background thread does one job after the other. The process
+ends when it is told to, or at once when the socket closes: nobody is left to serve then.
+"""
+
+import argparse
+import ctypes
+import logging
+import os
+import queue
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, Literal, NoReturn, TypeAlias
+
+import psutil
+import torch
+import transformers
+from huggingface_hub import constants
+from huggingface_hub.utils.tqdm import disable_progress_bars
+
+from schemas.state import ModelSpec
+from services.gpu_agent import device, ipc
+from services.gpu_agent.engine.native import NativeEngine, OnProgress
+from services.gpu_agent.pages import PagePool
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_EVERY_S: Final = 0.1
+MAX_CPU_BUDGET_BYTES: Final = 8 * 2**30
+
+Outbox: TypeAlias = list[ipc.FromWorker]
+# What a background job leaves to be done in the loop's thread.
+Afterwards: TypeAlias = Callable[[], Outbox]
+
+
+class Background:
+    """One thread for slow jobs, and a pipe that wakes the loop when something came of them."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], Afterwards]] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Afterwards] = queue.SimpleQueue()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        # A daemon: a load that is under way must not hold up the end of the process.
+        threading.Thread(target=self._run, name="background", daemon=True).start()
+
+    def fileno(self) -> int:
+        """Readable when `collect` has something."""
+        return self._wake_read
+
+    def submit(self, job: Callable[[], Afterwards]) -> None:
+        """Run ``job`` in the thread, and what it returns in `collect`. It must not raise."""
+        self._jobs.put(job)
+
+    def post(self, afterwards: Afterwards) -> None:
+        """From inside a job: have ``afterwards`` run in `collect` soon."""
+        self._results.put(afterwards)
+        os.write(self._wake_write, b"\0")
+
+    def collect(self) -> Outbox:
+        """Run everything that was posted; for the loop's thread."""
+        os.read(self._wake_read, 1 << 16)
+        out: Outbox = []
+        while not self._results.empty():
+            out += self._results.get()()
+        return out
+
+    def _run(self) -> None:
+        while True:
+            self.post(self._jobs.get()())
+
+
+class Worker:
+    """See the module's text. ``sock``: this end of the pair, blocking."""
+
+    def __init__(self, sock: socket.socket, engine: NativeEngine, ready: ipc.Ready) -> None:
+        self._sock = sock
+        self._engine = engine
+        self._frames = ipc.FrameReader()
+        self._background = Background()
+        self._is_open = True
+        self._send([ready])
+
+    def run(self) -> None:
+        """Serve until told to stop. Raises ConnectionError when the other end is gone."""
+        while self._is_open:
+            timeout = 0 if self._engine.is_busy else None
+            inputs = [self._sock.fileno(), self._background.fileno()]
+            readable, _, _ = select.select(inputs, [], [], timeout)
+            out: Outbox = []
+            if self._sock.fileno() in readable:
+                for body in self._receive():
+                    out += self._handle(ipc.to_worker_decoder.decode(body))
+            if self._background.fileno() in readable:
+                out += self._background.collect()
+            if self._is_open:
+                out += self._engine.step()
+            self._send(out)
+
+    def _receive(self) -> list[bytes]:
+        """All frames that are there now."""
+        bodies: list[bytes] = []
+        while True:
+            try:
+                data = self._sock.recv(1 << 18, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return bodies
+            if not data:
+                raise ConnectionResetError("control closed the socket")
+            bodies += self._frames.feed(data)
+
+    def _send(self, out: Outbox) -> None:
+        if out:
+            self._sock.sendall(b"".join(ipc.frame(message) for message in out))
+
+    # -- messages --------------------------------------------------------------------------
+
+    def _handle(self, message: ipc.ToWorker) -> Outbox:
+        match message:
+            case ipc.Register(spec):
+                return self._register(spec)
+            case ipc.Load(model):
+                return self._load(model)
+            case ipc.SwapIn(model):
+                return [self._engine.swap_in(model)]
+            case ipc.SwapOut(model):
+                return [self._engine.swap_out(model)]
+            case ipc.Submit(request):
+                return self._engine.submit(request)
+            case ipc.Cancel(request_id):
+                return self._engine.cancel(request_id)
+            case ipc.Shutdown():
+                self._is_open = False
+                return self._engine.abort("model_unavailable", "the engine is shutting down")
+
+    def _register(self, spec: ModelSpec) -> Outbox:
+        if not self._engine.needs_files(spec):
+            return [self._engine.register(spec)]
+
+        def job() -> Afterwards:
+            found = self._engine.find_files(spec)
+            if isinstance(found, ipc.OpFailed):
+                return lambda: [found]
+            return lambda: [self._engine.register(spec, found)]
+
+        self._background.submit(job)
+        return []
+
+    def _load(self, model: str) -> Outbox:
+        fill = self._engine.load(model)
+        if isinstance(fill, ipc.OpFailed):
+            return [fill]
+
+        def afterwards(result: ipc.FromWorker) -> Outbox:
+            self._engine.end_load(model)
+            return [result]
+
+        def job() -> Afterwards:
+            result = fill(self._progress_of(model))
+            return lambda: afterwards(result)
+
+        self._background.submit(job)
+        return []
+
+    def _progress_of(self, model: str) -> OnProgress:
+        """Report progress of a load, but not more often than a person can see."""
+        last_at = 0.0
+
+        def on_progress(done: int, total: int) -> None:
+            nonlocal last_at
+            now = time.monotonic()
+            if now - last_at >= PROGRESS_EVERY_S:
+                last_at = now
+                self._background.post(lambda: [ipc.LoadProgress(model, done, total)])
+
+        return on_progress
+
+
+# -- the process -------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the worker; ends the process with status 0 when told to or orphaned, else 1."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    _tie_to_parent()
+    _quieten_libraries()
+    _set_threads(options.threads)
+    status = 0
+    try:
+        sock = socket.socket(fileno=options.fd)
+        pool = _open_pool(options)
+        ready = ipc.Ready(pool.kind, pool.device_name, pool.page_bytes, pool.budget_bytes)
+        Worker(sock, NativeEngine(pool), ready).run()
+    except ConnectionError:
+        pass  # control is gone; so are we
+    except Exception:
+        logger.exception("the engine worker failed")
+        status = 1
+    logging.shutdown()
+    # Not sys.exit: a background load would be waited for, and destroying models costs time.
+    os._exit(status)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="services.gpu_agent.worker", description=__doc__)
+    parser.add_argument("--fd", type=int, required=True, help="inherited end of a socket pair")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--index", type=int, default=0, help="which CUDA device")
+    parser.add_argument("--budget-bytes", type=int, help="device memory to use; else a default")
+    parser.add_argument("--page-bytes", type=int, help="size of a page; else the device's default")
+    parser.add_argument("--threads", type=int, help="compute threads; else all cores")
+    return parser
+
+
+def _open_pool(options: argparse.Namespace) -> PagePool:
+    budget = options.budget_bytes
+    if budget is None:
+        budget = default_budget_bytes(options.device, options.index)
+    return device.open_pool(options.device, budget, options.page_bytes, options.index)
+
+
+def default_budget_bytes(kind: Literal["auto", "cpu", "cuda"], index: int) -> int:
+    """90 % of a GPU's memory (less where others use it); on CPU a quarter of RAM, 8 GiB at most."""
+    if kind != "cpu" and not device.why_no_cuda(index):
+        free, total = torch.cuda.mem_get_info(index)
+        return int(min(0.9 * total, 0.95 * free))
+    return min(psutil.virtual_memory().total // 4, MAX_CPU_BUDGET_BYTES)
+
+
+def _tie_to_parent() -> None:
+    """Die with control, even when it is killed; and leave Ctrl-C to it, which drains first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _quieten_libraries() -> None:
+    """No progress bars, no advice for notebook users, no telemetry: this is a server."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _set_threads(asked: int | None) -> None:
+    if asked:
+        torch.set_num_threads(asked)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+if __name__ == "__main__":
+    main()

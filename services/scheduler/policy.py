@@ -1,0 +1,230 @@
+"""Which model comes next, where to, and who has to leave: pure choices.
+
+Nothing here changes the state; `services.scheduler.decide` does what these functions choose.
+
+Models wait in one line, by their earliest waiter. *Claims* are bytes of a GPU that are spoken
+for by models ahead in line: what is freed for one model is never given to a later one.
+A model is *overdue* when its earliest waiter has waited longer than the run quantum.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from services.scheduler.lifecycle import DEVICE_STATES
+from services.scheduler.replica import Agent, Replica
+from services.scheduler.state import ClusterState, line_order
+
+Action: TypeAlias = Literal["swap_in", "wait", "evict", "load", "claim"]
+Claims: TypeAlias = dict[str, int]  # gpu -> bytes
+
+
+class Placement(msgspec.Struct, frozen=True):
+    """Where a waiting model goes and what has to be done for it now.
+
+    ``swap_in``: it fits. ``wait``: bytes already on their way out will do. ``evict``: swap out
+    ``victims`` first. ``load``: there is no host image. ``claim``: nothing can be done yet, but
+    it is overdue, so models behind it must not take bytes of this GPU.
+    """
+
+    gpu: str
+    action: Action
+    victims: tuple[str, ...] = ()
+
+
+def serves(replica: Replica) -> bool:
+    """Resident or about to be: its waiters need no decision."""
+    return replica.state in ("resident", "swapping_in")
+
+
+def unserved_models(state: ClusterState) -> list[str]:
+    """Models with waiters that are not resident nor coming, earliest waiter first."""
+    return [
+        model
+        for model, line in sorted(
+            state.waiting.items(), key=lambda item: line_order(item[1].earliest)
+        )
+        if model not in state.plans and not any(map(serves, state.usable_replicas(model)))
+    ]
+
+
+def can_host(agent: Agent, replica: Replica, now: float) -> bool:
+    """Registered, not failed, no larger than the device, and free to be commanded."""
+    return (
+        replica.facts is not None
+        and replica.state in ("cold", "host")
+        and replica.is_settled
+        and replica.footprint_bytes <= agent.budget_bytes
+        and (replica.failure is None or replica.failure.retry_at <= now)
+    )
+
+
+def is_loading_for_waiters(state: ClusterState, agent: Agent) -> bool:
+    """Loads for waiters go one at a time per agent: the earliest gets the whole disk."""
+    return any(r.state == "loading" and r.model in state.waiting for r in agent.replicas.values())
+
+
+def is_overdue(state: ClusterState, model: str, now: float) -> bool:
+    return now - state.waiting[model].earliest.at > state.config.run_quantum_s
+
+
+# -- victims -------------------------------------------------------------------------------
+
+
+def _can_leave(replica: Replica, now: float) -> bool:
+    """Resident and free to be commanded; one that failed to leave is left alone for a while."""
+    return (
+        replica.state == "resident"
+        and replica.is_settled
+        and (replica.failure is None or replica.failure.retry_at <= now)
+    )
+
+
+def is_idle(state: ClusterState, replica: Replica) -> bool:
+    return replica.in_flight == 0 and replica.model not in state.waiting
+
+
+def idle_victims(state: ClusterState, agent: Agent, now: float) -> list[Replica]:
+    """Idle residents, least recently used first."""
+    idle = [r for r in agent.replicas.values() if _can_leave(r, now) and is_idle(state, r)]
+    return sorted(idle, key=lambda r: r.last_used)
+
+
+def busy_victims(state: ClusterState, agent: Agent, now: float) -> list[Replica]:
+    """Busy residents that had their run quantum, least recently swapped in first."""
+    quantum_s = state.config.run_quantum_s
+    busy = [
+        r
+        for r in agent.replicas.values()
+        if _can_leave(r, now) and not is_idle(state, r) and now - r.resident_since >= quantum_s
+    ]
+    return sorted(busy, key=lambda r: r.resident_since)
+
+
+def choose_victims(candidates: Sequence[Replica], need_bytes: int) -> tuple[Replica, ...] | None:
+    """The smallest prefix of ``candidates`` that frees ``need_bytes``, less what it can spare.
+
+    None if all of them together do not free enough. ``need_bytes <= 0`` needs nobody.
+    """
+    chosen: list[Replica] = []
+    freed_bytes = 0
+    for replica in candidates:
+        if freed_bytes >= need_bytes:
+            break
+        chosen.append(replica)
+        freed_bytes += replica.device_bytes
+    if freed_bytes < need_bytes:
+        return None
+    # The last one may be so large that some before it can stay: spare the most recent first.
+    for replica in reversed(chosen[:-1]):
+        if freed_bytes - replica.device_bytes >= need_bytes:
+            chosen.remove(replica)
+            freed_bytes -= replica.device_bytes
+    return tuple(chosen)
+
+
+# -- placement -----------------------------------------------------------------------------
+
+
+class _Option(msgspec.Struct, frozen=True):
+    rank: int  # number in the decision tree of `place`
+    placement: Placement
+    pressure: float  # busy bytes / budget
+    victim_bytes: int
+    free_bytes: int
+
+    @property
+    def order(self) -> tuple[int, float, int, int]:
+        return (self.rank, self.pressure, self.victim_bytes, -self.free_bytes)
+
+
+def pressure(state: ClusterState, agent: Agent) -> float:
+    """Share of the budget held by replicas that have requests running or waiting."""
+    busy_bytes = sum(
+        r.device_bytes
+        for r in agent.replicas.values()
+        if r.state in DEVICE_STATES and not is_idle(state, r)
+    )
+    return busy_bytes / agent.budget_bytes if agent.budget_bytes else 1.0
+
+
+def place(state: ClusterState, model: str, claims: Claims, now: float) -> Placement | None:
+    """Where the waiting ``model`` goes; None if nothing can be done for it now.
+
+    Of all usable agents where it is registered and no larger than the device, take the one
+    with the lowest number here; among equals the one with the least `pressure`, then the
+    fewest bytes evicted, then the most free bytes:
+
+    1. host image there, and free bytes that nobody ahead claims: swap in.
+    2. host image there, and with the bytes on their way out it fits: wait for them.
+    3. host image there, and idle victims make room: evict them.
+    4. no host image, but the room is there or idle victims would make it: load.
+    5. host image there, overdue, and busy victims that had their quantum make room: evict.
+    6. no host image, and no room in sight: load, so that it is ready when there is.
+    7. host image there, overdue: claim.
+
+    4 and 6 only while it is not being loaded anywhere, and 6 only if it has no host image at
+    all. Nothing is loaded where another waiting model's load still runs.
+    """
+    replicas = state.usable_replicas(model)
+    may_load = not any(r.state == "loading" for r in replicas)
+    has_image = any(r.state == "host" for r in replicas)
+    overdue = is_overdue(state, model, now)
+    options: list[_Option] = []
+    for replica in replicas:
+        agent = state.agents[replica.gpu]
+        if not can_host(agent, replica, now):
+            continue
+        free = agent.free_bytes
+        deficit = replica.footprint_bytes + claims.get(agent.gpu, 0) - free - agent.leaving_bytes
+        idle = idle_victims(state, agent, now)
+        victims = choose_victims(idle, deficit)
+        action: Action
+        if replica.state == "host":
+            if deficit <= 0 and free >= replica.footprint_bytes:
+                rank, action = 1, "swap_in"
+            elif deficit <= 0:
+                rank, action = 2, "wait"
+            elif victims is not None:
+                rank, action = 3, "evict"
+            elif not overdue:
+                continue
+            else:
+                victims = choose_victims([*idle, *busy_victims(state, agent, now)], deficit)
+                rank, action = (5, "evict") if victims is not None else (7, "claim")
+        elif may_load and not is_loading_for_waiters(state, agent):
+            if victims is None and has_image:
+                continue
+            rank, action = (6 if victims is None else 4), "load"
+        else:
+            continue
+        leaving = (victims or ()) if action == "evict" else ()
+        options.append(
+            _Option(
+                rank=rank,
+                placement=Placement(agent.gpu, action, tuple(r.model for r in leaving)),
+                pressure=pressure(state, agent),
+                victim_bytes=sum(r.device_bytes for r in victims or ()),
+                free_bytes=free,
+            )
+        )
+    return min(options, key=lambda option: option.order).placement if options else None
+
+
+def choose_preload(state: ClusterState, agent: Agent, now: float) -> Replica | None:
+    """What ``agent`` may load while no load runs there: deployments in order, if they want it.
+
+    A model whose load failed is loaded again also without ``preload``: while it looks failed
+    nobody would ask for it.
+    """
+    if any(r.state == "loading" for r in agent.replicas.values()):
+        return None
+    for model, spec in state.deployments.items():
+        replica = agent.replicas.get(model)
+        if replica is None or replica.state != "cold" or not can_host(agent, replica, now):
+            continue
+        broke = replica.failure is not None and replica.failure.is_visible
+        if spec.preload or broke:
+            return replica
+    return None

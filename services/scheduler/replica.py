@@ -1,0 +1,170 @@
+"""What the scheduler believes about one GPU: its agent, and the replicas there.
+
+The bytes of one device (`Agent`)::
+
+    |<------------------------------ budget_bytes ------------------------------>|
+    | resident, swapping_in         | draining, swapping_out |        free       |
+    |<------------------ reserved_bytes -------------------->|<--- free_bytes -->|
+                                    |<--- leaving_bytes ---->|
+
+A replica's footprint is reserved from the moment its SwapIn is commanded until its
+SwapOutCompleted is seen.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+from schemas.state import ModelFacts, ReplicaState
+from services.scheduler.lifecycle import (
+    DEVICE_STATES,
+    LEAVING_STATES,
+    PENDING_STATES,
+    CommandKind,
+    Lifecycle,
+)
+
+NUM_PAST_INSTANCES = 16
+
+
+@dataclass(slots=True)
+class Pending:
+    """A command that has no answer yet."""
+
+    kind: CommandKind
+    request_id: str
+    sent_at: float
+    seen_at: float  # when the agent last showed that it is at it
+
+
+@dataclass(slots=True)
+class Failure:
+    """Why a replica does not work, and when to try again.
+
+    ``is_visible``: no later success suggests that it works now; users are told the reason.
+    """
+
+    command: CommandKind
+    reason: str
+    num_failures: int
+    retry_at: float
+    is_visible: bool = True
+
+
+class Replica:
+    """One deployment on one GPU, as believed."""
+
+    __slots__ = (
+        "believe_at",
+        "facts",
+        "failure",
+        "floor",
+        "generation",
+        "gpu",
+        "in_flight",
+        "last_kind",
+        "last_used",
+        "life",
+        "may_stray",
+        "model",
+        "pending",
+        "resident_since",
+    )
+
+    def __init__(self, gpu: str, model: str) -> None:
+        self.gpu = gpu
+        self.model = model
+        self.life = Lifecycle(f"{gpu}/{model}")
+        self.generation = 0  # of the last command; grows only
+        self.floor = 0  # a status or event below this generation is about the past
+        self.facts: ModelFacts | None = None  # None: not registered
+        self.in_flight = 0
+        self.pending: Pending | None = None
+        self.last_kind: CommandKind | None = None  # what the state is the outcome of
+        self.may_stray = False  # a command to an instance that ended may yet reach the next one
+        self.failure: Failure | None = None
+        self.last_used = 0.0
+        self.resident_since = 0.0
+        self.believe_at: float | None = None  # set: the agent disagrees; from then on it is right
+
+    @property
+    def state(self) -> ReplicaState:
+        return self.life.state
+
+    @property
+    def footprint_bytes(self) -> int:
+        return self.facts.footprint_bytes if self.facts else 0
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes counted against the budget now."""
+        return self.footprint_bytes if self.state in DEVICE_STATES else 0
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing is pending and agent and scheduler agree: it may be commanded."""
+        return self.pending is None and self.believe_at is None
+
+    @property
+    def desired(self) -> Literal["resident", "host", "cold"]:
+        """What the commands so far aim at (`schemas.state.PlacementRecord.desired`)."""
+        if self.state in ("swapping_in", "resident"):
+            return "resident"
+        return "cold" if self.state in ("cold", "failed") else "host"
+
+
+class Agent:
+    """One GPU's agent and its replicas."""
+
+    def __init__(self, gpu: str) -> None:
+        self.gpu = gpu
+        self.instance = ""
+        self.past_instances: deque[str] = deque(maxlen=NUM_PAST_INSTANCES)  # never come back
+        self.is_alive = False
+        self.worker_pid = 0  # as last reported; 0: down
+        self.worker_died = False  # an event said so; the next status tells more
+        self.budget_bytes = 0
+        self.seen_at = 0.0
+        self.replicas: dict[str, Replica] = {}
+
+    @property
+    def is_usable(self) -> bool:
+        """Commands make sense and its residents serve."""
+        return self.is_alive and self.worker_pid != 0 and not self.worker_died
+
+    @property
+    def reserved_bytes(self) -> int:
+        return sum(r.device_bytes for r in self.replicas.values())
+
+    @property
+    def leaving_bytes(self) -> int:
+        return sum(r.footprint_bytes for r in self.replicas.values() if r.state in LEAVING_STATES)
+
+    @property
+    def free_bytes(self) -> int:
+        return self.budget_bytes - self.reserved_bytes
+
+    def replica(self, model: str) -> Replica:
+        """The replica of ``model`` here, made cold and unregistered if there was none."""
+        if model not in self.replicas:
+            self.replicas[model] = Replica(self.gpu, model)
+        return self.replicas[model]
+
+
+def replica_faults(gpu: str, model: str, replica: Replica) -> list[str]:
+    """What must never be in one replica, as text; empty when all is well."""
+    wrong = []
+    name = f"{gpu}/{model} ({replica.state}, generation {replica.generation})"
+    if (replica.gpu, replica.model) != (gpu, model):
+        wrong.append(f"{name} is filed as {replica.gpu}/{replica.model}")
+    if replica.floor > replica.generation:
+        wrong.append(f"{name}: floor {replica.floor} is above its generation")
+    if replica.in_flight < 0:
+        wrong.append(f"{name}: in_flight is {replica.in_flight}")
+    if replica.pending and replica.state not in PENDING_STATES[replica.pending.kind]:
+        wrong.append(f"{name}: {replica.pending.kind} is pending; history {replica.life.history}")
+    if replica.state == "failed" and replica.failure is None:
+        wrong.append(f"{name} has no failure; history {replica.life.history}")
+    if replica.state in DEVICE_STATES and replica.facts is None:
+        wrong.append(f"{name} holds device memory of unknown size")
+    return wrong

@@ -1,0 +1,92 @@
+"""The scheduler's part of a request's trace: one span per model that had to be brought in.
+
+The span hangs below the request that waited longest, starts with the first command that is
+given for it and ends when its model is resident. The agent's load, swap-out and swap-in
+spans hang below this one, because commands carry its context.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from opentelemetry import propagate, trace
+from opentelemetry.context import Context
+
+from schemas.commands import Command, Register, SwapOut
+from schemas.events import (
+    CommandFailed,
+    RequestEnded,
+    RequestStarted,
+    RequestWithdrawn,
+    SwapInCompleted,
+)
+from services import telemetry
+from services.scheduler.inputs import Input
+
+_MOST_REMEMBERED = 50_000
+
+
+class SwitchSpans:
+    """Open spans by request id. ``remember`` every demand, ``observe`` every input."""
+
+    def __init__(self) -> None:
+        self._contexts: OrderedDict[str, Context] = OrderedDict()
+        self._open: dict[str, tuple[str, trace.Span]] = {}  # request id -> (waiting model, span)
+
+    def remember(self, request_id: str, headers: Mapping[str, str]) -> None:
+        """The trace context that came with a demand."""
+        self._contexts[request_id] = propagate.extract(headers)
+        while len(self._contexts) > _MOST_REMEMBERED:
+            self._contexts.popitem(last=False)
+
+    @contextmanager
+    def around(self, command: Command, now: float) -> Iterator[None]:
+        """Make the span of the command's waiter current, so that its headers carry it."""
+        request_id = "" if isinstance(command, Register) else command.request_id
+        if not request_id:
+            yield
+            return
+        if request_id not in self._open:
+            context = self._contexts.get(request_id)
+            span = telemetry.tracer.start_span(
+                telemetry.SPAN_SWITCH,
+                context=context,
+                start_time=telemetry.nanoseconds(now),
+                attributes={
+                    telemetry.ATTR_REQUEST: request_id,
+                    telemetry.ATTR_GPU: command.gpu,
+                    "hotswap.epoch": command.epoch,
+                },
+            )
+            self._open[request_id] = ("", span)
+        _, span = self._open[request_id]
+        if not isinstance(command, SwapOut):
+            span.set_attribute(telemetry.ATTR_MODEL, command.model)
+            self._open[request_id] = (command.model, span)
+        with trace.use_span(span, end_on_exit=False):
+            yield
+
+    def observe(self, event: Input, now: float) -> None:
+        """End the spans whose model came in, failed, or is not waited for any more."""
+        match event:
+            case SwapInCompleted():
+                self._end_model(event.model, now)
+            case CommandFailed():
+                self._end_model(event.model, now, event.reason)
+            case RequestStarted() | RequestEnded() | RequestWithdrawn():
+                self._contexts.pop(event.request_id, None)
+                if event.request_id in self._open:
+                    self._end(event.request_id, now)
+            case _:
+                pass
+
+    def _end_model(self, model: str, now: float, error: str = "") -> None:
+        for request_id, (waiting_for, _) in list(self._open.items()):
+            if waiting_for == model:
+                self._end(request_id, now, error)
+
+    def _end(self, request_id: str, now: float, error: str = "") -> None:
+        _, span = self._open.pop(request_id)
+        if error:
+            span.set_status(trace.Status(trace.StatusCode.ERROR, error))
+        span.end(telemetry.nanoseconds(now))

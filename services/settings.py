@@ -1,0 +1,252 @@
+"""`hotswap.toml` as frozen, validated structs, read once.
+
+Every key is known by name; an unknown key, a wrong type or a value out of range raises
+SettingsError with the key, the value and what would be right. `deploy/config.example.toml`
+shows every key with its default; a test keeps the two in step.
+"""
+
+import difflib
+import os
+import re
+import tomllib
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+import tomli_w
+
+from schemas.state import DType, ModelSpec
+
+T = TypeVar("T")
+
+_MAX_NAME = 200  # characters in a model name
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS[f"{_letter}B"] = 1000**_power
+    _UNITS[f"{_letter}IB"] = 1024**_power
+
+
+class SettingsError(Exception):
+    """The configuration can not be used; the message names key and value."""
+
+
+def parse_bytes(text: str | int) -> int:
+    """``"1.5GiB"``, ``"800 MB"`` or a number of bytes, as bytes. Raises ValueError."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if not match or unit is None:
+        raise ValueError(f"{text!r} is not a size; write it like 24GiB, 800MB or 1073741824")
+    return int(float(match[1]) * unit)
+
+
+def _positive(owner: object, *keys: str) -> None:
+    for key in keys:
+        value = getattr(owner, key)
+        if value is not None and value <= 0:
+            raise ValueError(f"{key} = {value!r} must be greater than 0")
+
+
+def _port(owner: object, key: str = "port") -> None:
+    value = getattr(owner, key)
+    if not 0 <= value <= 65535:
+        raise ValueError(f"{key} = {value} is not a port number (0-65535)")
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class ApiSettings(_Section, frozen=True):
+    host: str = "127.0.0.1"
+    port: int = 8000
+    request_timeout_s: float = 600.0
+    max_body_bytes: int = 4 * 2**20
+    max_queued_per_model: int = 1000
+
+    def __post_init__(self) -> None:
+        _port(self)
+        _positive(self, "request_timeout_s", "max_body_bytes", "max_queued_per_model")
+
+
+class NatsSettings(_Section, frozen=True):
+    """Empty ``url``: an embedded server on loopback, with generated credentials."""
+
+    url: str = ""
+    creds: str = ""  # JSON file with user, password and inbox_prefix
+    port: int = 4222  # of the embedded server; another free one is taken if it is in use
+    http_port: int = 8222
+
+    def __post_init__(self) -> None:
+        _port(self)
+        _port(self, "http_port")
+        if self.url and not re.match(r"(nats|tls|ws|wss)://", self.url):
+            raise ValueError(f"url = {self.url!r} must look like nats://host:4222")
+
+
+class GpuSettings(_Section, frozen=True):
+    """One device, and so one agent."""
+
+    name: str
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    index: int = 0  # CUDA device index
+    memory: str = (
+        "auto"  # budget for weights and KV; auto: 90 % of a GPU, 25 % of RAM (<= 8GiB) on CPU
+    )
+    page: str = "auto"
+    threads: int = 0  # compute threads on CPU; 0: all cores
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise ValueError(f"name = {self.name!r} may hold letters, digits, - and _ only")
+        for key in ("memory", "page"):
+            if getattr(self, key) != "auto":
+                parse_bytes(getattr(self, key))
+        if self.index < 0 or self.threads < 0:
+            raise ValueError(f"index = {self.index}, threads = {self.threads} must not be negative")
+
+
+class SchedulerSettings(_Section, frozen=True):
+    run_quantum_s: float = 1.0  # a busy model is drained for a waiting one no sooner than this
+    lease_ttl_s: int = 2  # a dead scheduler's successor waits this long at most
+    reconcile_s: float = 1.0
+    retry_failed_s: float = 10.0  # first retry of a model that failed; doubles up to 5 minutes
+
+    def __post_init__(self) -> None:
+        _positive(self, "run_quantum_s", "lease_ttl_s", "reconcile_s", "retry_failed_s")
+
+
+class TelemetrySettings(_Section, frozen=True):
+    otlp_endpoint: str = (
+        ""  # e.g. http://127.0.0.1:4318; empty: OTEL_EXPORTER_OTLP_ENDPOINT, else off
+    )
+    span_files: bool = True  # <state_dir>/spans/<service>.jsonl
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class ModelSettings(_Section, frozen=True):
+    """One deployment. Its name is the table's: ``[models."qwen2.5-7b"]``."""
+
+    source: str  # local folder, or a hub id
+    dtype: DType = "auto"
+    max_model_len: int | None = None
+    max_batch: int = 8
+    kv_tokens: int | None = None
+    preload: bool = True
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise ValueError("source = '' must name a local folder or a hub id")
+        _positive(self, "max_model_len", "max_batch", "kv_tokens")
+
+
+class Settings(_Section, frozen=True):
+    state_dir: str = ".hotswap"
+    api: ApiSettings = ApiSettings()
+    nats: NatsSettings = NatsSettings()
+    gpus: tuple[GpuSettings, ...] = ()  # empty: what the machine has
+    scheduler: SchedulerSettings = SchedulerSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+    models: dict[str, ModelSettings] = {}
+
+    def __post_init__(self) -> None:
+        gpu_names = [gpu.name for gpu in self.gpus]
+        for name in gpu_names:
+            if gpu_names.count(name) > 1:
+                raise ValueError(f"gpus: name = {name!r} is used twice")
+
+    @property
+    def state_path(self) -> Path:
+        return Path(self.state_dir).expanduser().absolute()
+
+    def model_specs(self) -> list[ModelSpec]:
+        """The deployments, in the order of the file."""
+        return [
+            ModelSpec(name=name, **msgspec.structs.asdict(model))
+            for name, model in self.models.items()
+        ]
+
+
+def load(path: Path) -> Settings:
+    """Read ``path``. Relative model folders and state_dir are taken from its folder."""
+    try:
+        raw = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise SettingsError(f"can not read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not valid TOML: {error}") from error
+    return parse(raw, origin=str(path), folder=path.absolute().parent)
+
+
+def parse(raw: dict[str, Any], *, origin: str, folder: Path) -> Settings:
+    """``raw`` (parsed TOML) as Settings. Raises SettingsError."""
+    rest = {key: value for key, value in raw.items() if key != "models"}
+    settings = _convert(rest, Settings, origin, ())
+    tables = raw.get("models", {})
+    if not isinstance(tables, dict):
+        raise SettingsError(f"{origin}: models = {tables!r}: write each model as [models.NAME]")
+    models: dict[str, ModelSettings] = {}
+    for name, table in tables.items():
+        if not name.strip() or len(name) > _MAX_NAME:
+            raise SettingsError(f"{origin}: models: {name!r} must have 1 to {_MAX_NAME} characters")
+        model = _convert(table, ModelSettings, origin, ("models", name))
+        models[name] = msgspec.structs.replace(model, source=_resolve(model.source, folder))
+    state_dir = str(folder / Path(settings.state_dir).expanduser())
+    return msgspec.structs.replace(settings, models=models, state_dir=state_dir)
+
+
+def dump(settings: Settings) -> str:
+    """``settings`` as TOML that `load` reads back."""
+
+    def no_nulls(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: no_nulls(v) for k, v in value.items() if v is not None}
+        return [no_nulls(v) for v in value] if isinstance(value, list | tuple) else value
+
+    return tomli_w.dumps(no_nulls(msgspec.to_builtins(settings)))
+
+
+def _resolve(source: str, folder: Path) -> str:
+    """A path (it exists, or starts with / . ~) made absolute; a hub id as it is."""
+    local = folder / Path(source).expanduser()
+    looks_local = source.startswith((".", "/", "~")) or local.exists()
+    return os.path.normpath(local) if looks_local else source
+
+
+def _convert(raw: Any, kind: type[T], origin: str, prefix: tuple[str, ...]) -> T:
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"{origin}: {_explain(error, raw, kind, prefix)}") from error
+
+
+def _explain(error: msgspec.ValidationError, raw: Any, kind: Any, prefix: tuple[str, ...]) -> str:
+    """msgspec's words, plus the key as the file has it, its value, and a likely correction."""
+    words, _, where = str(error).partition(" - at `$")
+    path = re.findall(r"\w+", where)  # ``$.gpus[0].memory`` -> gpus, 0, memory
+    value = raw
+    for part in path:
+        value = value[int(part)] if isinstance(value, list) else value[part]
+        if not part.isdigit():
+            kind = _section_type(kind, part)
+    dotted = ".".join((*prefix, *path))
+    if unknown := re.search(r"unknown field `(.+?)`", words):
+        known = kind.__struct_fields__
+        near = difflib.get_close_matches(unknown[1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        dotted = f"{dotted}.{unknown[1]}" if dotted else unknown[1]
+        return f"unknown key {dotted} = {value[unknown[1]]!r}; {hint}"
+    if isinstance(value, dict):  # a check of the whole section: its words name key and value
+        return f"{dotted}: {words}" if dotted else words
+    return f"{dotted} = {value!r}: {words}"
+
+
+def _section_type(kind: Any, key: str) -> Any:
+    """The struct type of the section ``key`` in ``kind``, else ``kind`` itself."""
+    if kind is Settings and key == "gpus":
+        return GpuSettings
+    found = typing.get_type_hints(kind).get(key)
+    return found if hasattr(found, "__struct_fields__") else kind

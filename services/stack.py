@@ -1,0 +1,107 @@
+"""The whole system on one machine: nats-server, scheduler, agents, api, in that order."""
+
+import asyncio
+import logging
+import socket
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from services import nats_server
+from services.bus import BusOptions
+from services.settings import GpuSettings, Settings, SettingsError
+from services.supervisor import Child, Supervisor
+
+log = logging.getLogger(__name__)
+
+SHUTDOWN_GRACE_S = 20.0
+
+
+class StackError(Exception):
+    """The system did not come up; the message says which part and where to look."""
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """Where the running system listens, and the credentials of its bus users."""
+
+    api_url: str
+    nats_url: str
+    credential_files: dict[str, Path]
+
+    def options(self, user: str) -> BusOptions:
+        return BusOptions.read(self.credential_files[user], url=self.nats_url)
+
+
+async def start(
+    supervisor: Supervisor, settings: Settings, config_file: Path, gpus: list[GpuSettings]
+) -> Endpoints:
+    """Start every process of ``settings``. Raises SettingsError, NatsServerError.
+
+    With ``nats.url`` set no server is started, and ``nats.creds`` serves all services.
+    """
+    _check_port_free(settings.api.host, settings.api.port)
+    if settings.nats.url:
+        files = dict.fromkeys(nats_server.USERS, Path(settings.nats.creds))
+        nats_url = settings.nats.url
+    else:
+        plan = nats_server.write_config(
+            settings.state_path / "nats",
+            port=nats_server.free_port(settings.nats.port),
+            http_port=nats_server.free_port(settings.nats.http_port),
+        )
+        files, nats_url = plan.credential_files, plan.credentials["admin"].url
+        await supervisor.start(Child("nats-server", plan.command(), grace_s=5.0))
+
+    def service(name: str, user: str, *arguments: str) -> Child:
+        command = [sys.executable, "-m", "services.cli", user, *arguments]
+        command += ["--config", str(config_file), "--nats", nats_url, "--creds", str(files[user])]
+        return Child(name, command, grace_s=SHUTDOWN_GRACE_S)
+
+    await supervisor.start(service("scheduler", "scheduler"))
+    for gpu in gpus:
+        await supervisor.start(service(f"agent-{gpu.name}", "agent", "--gpu", gpu.name))
+    await supervisor.start(service("api", "api"))
+    host = settings.api.host.replace("0.0.0.0", "127.0.0.1")
+    return Endpoints(f"http://{host}:{settings.api.port}", nats_url, files)
+
+
+async def wait_ready(supervisor: Supervisor, endpoints: Endpoints, patience_s: float = 120) -> None:
+    """Wait until the api says it is ready. Raises StackError, at once where a child keeps dying."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + patience_s
+    why = "no answer"
+    while loop.time() < deadline:
+        why = await asyncio.to_thread(_probe, f"{endpoints.api_url}/readyz")
+        if not why:
+            return
+        for child in supervisor.children:
+            if child.num_starts >= 4:
+                raise StackError(f"{child.name} does not start; its log says why")
+        await asyncio.sleep(0.1)
+    raise StackError(f"not ready after {patience_s:g} s: {why}")
+
+
+def _probe(url: str) -> str:
+    """Empty when ready, else the reason."""
+    try:
+        with urllib.request.urlopen(url, timeout=2):
+            return ""
+    except urllib.error.HTTPError as error:
+        return error.read().decode(errors="replace")[:500]
+    except OSError as error:
+        return str(error)
+
+
+def _check_port_free(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise SettingsError(
+                f"api.port = {port}: can not listen on {host}:{port}: {error.strerror}. "
+                "Stop what listens there, or choose another port"
+            ) from error

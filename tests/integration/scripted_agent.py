@@ -1,0 +1,167 @@
+"""A scheduler's records and a GPU agent that speak the bus, with answers that tests write."""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from schemas import names
+from schemas.events import RequestWithdrawn
+from schemas.requests import CancelRequest
+from schemas.state import (
+    DeploymentRecord,
+    LeaseRecord,
+    ModelFacts,
+    ModelSpec,
+    ReplicaState,
+    ResidencyRecord,
+    SwapTrace,
+)
+from schemas.stream import (
+    ErrorCode,
+    Failed,
+    Finished,
+    FinishReason,
+    RequestTiming,
+    Started,
+    StartKind,
+    Tokens,
+)
+from services.bus import Bucket, Bus, Delivery, Message, Puller
+
+GPU = "gpu0"
+FACTS = ModelFacts(
+    architecture="LlamaForCausalLM",
+    dtype="float32",
+    num_parameters=1000,
+    weight_bytes=4096,
+    kv_bytes=2048,
+    max_model_len=512,
+    max_batch=8,
+)
+
+
+class ScriptedScheduler:
+    """Writes deployments and the leader's lease."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._models = Bucket(bus, names.BUCKET_MODELS, DeploymentRecord)
+        self._leases = Bucket(bus, names.BUCKET_LEASES, LeaseRecord)
+
+    async def lead(self) -> None:
+        await self._leases.put(names.LEADER_KEY, LeaseRecord(holder="test", epoch=1))
+
+    async def deploy(self, model: str) -> None:
+        spec = ModelSpec(name=model, source="/models/x")
+        record = DeploymentRecord(spec=spec, status="ready", facts=FACTS, created_at=1_767_225_600)
+        await self._models.put(names.escape(model), record)
+
+    async def fail(self, model: str, reason: str) -> None:
+        spec = ModelSpec(name=model, source="/models/x")
+        record = DeploymentRecord(spec=spec, status="failed", reason=reason)
+        await self._models.put(names.escape(model), record)
+
+    async def remove(self, model: str) -> None:
+        await self._models.delete(names.escape(model))
+
+
+@dataclass
+class ScriptedAgent:
+    """Holds models, collects what the api sends, and answers as it is told."""
+
+    bus: Bus
+    deliveries: "asyncio.Queue[Delivery]" = field(default_factory=asyncio.Queue)
+    cancels: "asyncio.Queue[CancelRequest]" = field(default_factory=asyncio.Queue)
+    pullers: dict[str, Puller] = field(default_factory=dict)
+
+    async def start(self) -> None:
+        leases = Bucket(self.bus, names.BUCKET_LEASES, LeaseRecord)
+        await leases.put(names.agent_lease_key(GPU), LeaseRecord(holder="test"))
+
+        async def on_cancel(message: Message[CancelRequest]) -> None:
+            self.cancels.put_nowait(message.body)
+
+        await self.bus.subscribe(names.cancel_subject(), CancelRequest, on_cancel)
+        await self.bus.flush()
+
+    async def hold(self, model: str, state: ReplicaState = "resident") -> None:
+        residency = Bucket(self.bus, names.BUCKET_RESIDENCY, ResidencyRecord)
+        record = ResidencyRecord(GPU, model, state, generation=1, changed_at=time.time())
+        await residency.put(names.replica_key(GPU, model), record)
+
+    async def pull(self, model: str, num_free: int = 8) -> None:
+        puller = self.pullers[model] = Puller(self.bus, model, self.deliveries.put)
+        await puller.start()
+        await puller.want(num_free)
+
+    async def next(self) -> Delivery:
+        return await asyncio.wait_for(self.deliveries.get(), 10)
+
+    async def next_cancel(self) -> CancelRequest:
+        return await asyncio.wait_for(self.cancels.get(), 10)
+
+    def stop(self) -> None:
+        for puller in self.pullers.values():
+            puller.stop()
+            if lingering := getattr(puller, "_lingering", None):
+                lingering.cancel()
+
+    # -- answers ---------------------------------------------------------------------------
+
+    async def started(
+        self, to: Delivery, start: StartKind = "warm", swap: SwapTrace | None = None
+    ) -> None:
+        chunk = Started(to.request.request_id, GPU, to.num_delivered, start, swap)
+        await self.bus.publish(to.request.reply_to, chunk)
+
+    async def tokens(self, to: Delivery, *texts: str, index: int = 0, first_id: int = 100) -> None:
+        """One chunk per text; token ids follow from the position."""
+        for i, text in enumerate(texts, start=index):
+            chunk = Tokens(to.request.request_id, to.num_delivered, i, (first_id + i,), text)
+            await self.bus.publish(to.request.reply_to, chunk)
+
+    async def finished(
+        self, to: Delivery, num_tokens: int, reason: FinishReason = "stop", text: str = ""
+    ) -> None:
+        chunk = Finished(
+            request_id=to.request.request_id,
+            attempt=to.num_delivered,
+            finish_reason=reason,
+            prompt_tokens=7,
+            completion_tokens=num_tokens,
+            timing=RequestTiming(),
+            text=text,
+        )
+        await self.bus.publish(to.request.reply_to, chunk)
+        await to.ack()
+
+    async def failed(self, to: Delivery, code: ErrorCode, message: str) -> None:
+        chunk = Failed(to.request.request_id, to.num_delivered, code, message)
+        await self.bus.publish(to.request.reply_to, chunk)
+        await to.ack()
+
+    async def answer(self, to: Delivery, *texts: str, rest: str = "") -> None:
+        """A whole answer."""
+        await self.started(to)
+        await self.tokens(to, *texts)
+        await self.finished(to, len(texts), text=rest)
+
+
+class Withdrawals:
+    """RequestWithdrawn events, as an operator would see them."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[RequestWithdrawn] = asyncio.Queue()
+
+    async def start(self, bus: Bus) -> None:
+        async def on_event(message: Message[RequestWithdrawn]) -> None:
+            self._queue.put_nowait(message.body)
+
+        subject = f"{names.PREFIX}.events.request_withdrawn.>"
+        await bus.subscribe(subject, RequestWithdrawn, on_event)
+        await bus.flush()
+
+    async def next(self) -> RequestWithdrawn:
+        return await asyncio.wait_for(self._queue.get(), 10)
+
+    def is_empty(self) -> bool:
+        return self._queue.empty()

@@ -1,0 +1,183 @@
+"""What the engine's tests share: a byte tokenizer, a pool of NaN, requests, and a driver."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from schemas.requests import GenerateRequest, Prompt, SamplingParams, TokenPrompt
+from services.gpu_agent.engine.batch import Batch
+from services.gpu_agent.engine.kv import KVStore
+from services.gpu_agent.engine.prompts import ModelText
+from services.gpu_agent.ipc import Begun, Broke, Done, FromWorker, Produced
+from services.gpu_agent.skeleton import KVGeometry
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'wizard' %}"
+    "{{ raise_exception('no wizards here') }}{% endif %}"
+    "{{ m['role'] + ':' + m['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """One token per byte, 256 in all, no special ones: every id is part of some text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=chat_template)
+
+
+def save_tokenizer(folder: Path) -> None:
+    byte_tokenizer().save_pretrained(folder)
+
+
+def model_text(eos_ids: tuple[int, ...] = (), vocab_size: int = 256) -> ModelText:
+    return ModelText("tiny", byte_tokenizer(), frozenset(eos_ids), vocab_size)
+
+
+class FakePool:
+    """Pages of any size over plain memory, full of NaN: whatever is read unwritten shows."""
+
+    kind = "cpu"
+    device_name = "fake"
+    torch_device = torch.device("cpu")
+
+    def __init__(self, page_bytes: int, num_pages: int) -> None:
+        self.page_bytes = page_bytes
+        self.num_pages = num_pages
+        self.memory = torch.full((page_bytes * num_pages // 4,), math.nan)
+
+    def identity(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.memory.view(dtype)
+
+
+def geometry_of(module: Any) -> KVGeometry:
+    """What ``module`` caches, from one token through it."""
+    cache = module(input_ids=torch.zeros((1, 1), dtype=torch.long), use_cache=True).past_key_values
+    keys = cache.layers[0].keys
+    layers = len(cache.layers)
+    return KVGeometry(layers, keys.shape[1], keys.shape[3], keys.dtype, (None,) * layers)
+
+
+def make_batch(
+    module: Any,
+    *,
+    text: ModelText | None = None,
+    max_model_len: int = 256,
+    max_batch: int = 4,
+    kv_tokens: int = 1024,
+    page_tokens: int = 24,
+    chunk_tokens: int = 32,
+    wall_clock: Callable[[], float] = lambda: 0.0,
+) -> Batch:
+    """A batch over ``module`` whose pages are small, few and scattered."""
+    geometry = geometry_of(module)
+    num_pages = -(-kv_tokens // page_tokens)
+    pool = FakePool(geometry.bytes_per_token * page_tokens + 64, 2 * num_pages + 1)
+    pages = [2 * n + 1 for n in reversed(range(num_pages))]
+    return Batch(
+        module,
+        KVStore(pool, geometry, pages),  # type: ignore[arg-type]
+        text or model_text(),
+        max_model_len=max_model_len,
+        max_batch=max_batch,
+        chunk_tokens=chunk_tokens,
+        wall_clock=wall_clock,
+    )
+
+
+def request(
+    request_id: str,
+    prompt: Prompt | list[int],
+    model: str = "tiny",
+    deadline_at: float = math.inf,
+    **sampling: Any,
+) -> GenerateRequest:
+    """Greedy and without an end unless told otherwise."""
+    params = {"seed": 0, "temperature": 0.0, "max_tokens": 8, "ignore_eos": True, **sampling}
+    return GenerateRequest(
+        request_id=request_id,
+        model=model,
+        klass="interactive",
+        prompt=TokenPrompt(tuple(prompt)) if isinstance(prompt, list) else prompt,
+        sampling=SamplingParams(**params),
+        reply_to="nowhere",
+        created_at=0.0,
+        deadline_at=deadline_at,
+    )
+
+
+@dataclass
+class Answer:
+    """Everything that came out for one request."""
+
+    tokens: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    begun: int = 0
+    end: Done | Broke | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+class Answers(dict[str, Answer]):
+    """Collects messages by request, and checks their order and that each ends once."""
+
+    def take(self, out: list[FromWorker]) -> None:
+        for message in out:
+            if not isinstance(message, Begun | Produced | Done | Broke):
+                continue
+            answer = self.setdefault(message.request_id, Answer())
+            assert answer.end is None, f"{message} after {answer.end}"
+            match message:
+                case Begun():
+                    answer.begun += 1
+                case Produced():
+                    assert message.index == len(answer.tokens)
+                    answer.tokens += message.token_ids
+                    answer.pieces.append(message.text)
+                case Done():
+                    answer.pieces.append(message.text)
+                    answer.end = message
+                case Broke():
+                    answer.end = message
+
+
+def run(
+    batch: Batch, *requests: GenerateRequest, stagger: int = 0, answers: Answers | None = None
+) -> Answers:
+    """Submit ``requests``, ``stagger`` steps apart, and step until all have ended."""
+    answers = Answers() if answers is None else answers
+    for each in requests:
+        answers.take(batch.submit(each))
+        for _ in range(stagger):
+            answers.take(batch.step())
+            batch.validate()
+    while batch.num_requests:
+        answers.take(batch.step())
+        batch.validate()
+    assert all(answer.end is not None for answer in answers.values())
+    return answers
+
+
+def expected_greedy(module: Any, prompt: list[int], num_tokens: int) -> list[int]:
+    """What ``generate`` of transformers gives for one prompt alone."""
+    ids = torch.tensor([prompt])
+    out = module.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return [int(i) for i in out[0, len(prompt) :]]

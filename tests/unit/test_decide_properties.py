@@ -1,0 +1,442 @@
+"""`decide` against agents that die, events that come twice, late or never, and lost commands.
+
+`FakeAgent` keeps its own books: it is the independent count of device memory. A SwapIn that
+does not fit there fails the test. When the noise stops, every request has to end.
+"""
+
+from dataclasses import dataclass, field
+
+import msgspec
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from schemas.commands import Command, Load, Register, SwapIn, SwapOut
+from schemas.events import (
+    AgentStopped,
+    CommandFailed,
+    CommandRejected,
+    Event,
+    ModelLoaded,
+    ModelRegistered,
+    RequestEnded,
+    RequestStarted,
+    RequestWithdrawn,
+    SwapInCompleted,
+    SwapOutCompleted,
+    WorkerDied,
+)
+from schemas.state import (
+    AgentStatus,
+    ModelFacts,
+    ModelSpec,
+    ReplicaState,
+    ReplicaStatus,
+    SwapTrace,
+)
+from schemas.stream import RequestTiming
+from services.scheduler.decide import decide
+from services.scheduler.inputs import (
+    AgentLost,
+    Demand,
+    DeploymentAdded,
+    Entry,
+    Input,
+    QueueDepths,
+    Tick,
+)
+from services.scheduler.lifecycle import DEVICE_STATES, CommandKind
+from services.scheduler.state import ClusterState, PolicyConfig
+
+CONFIG = PolicyConfig(
+    retry_s=1.0,
+    retry_max_s=4.0,
+    command_timeout_s=5.0,
+    settle_s=2.0,
+    dispute_s=6.0,
+    agent_silent_s=8.0,
+)
+GPUS = {"gpu0": 100, "gpu1": 70}
+SIZES = {"a": 60, "b": 60, "c": 30, "d": 30, "e": 90}
+TOO_LARGE = "huge"
+PATIENCE_S = 60.0
+
+KINDS: dict[type[Command], CommandKind] = {
+    Register: "register",
+    Load: "load",
+    SwapIn: "swap_in",
+    SwapOut: "swap_out",
+}
+
+
+def facts(num_bytes: int) -> ModelFacts:
+    return ModelFacts("Llama", "float32", 1, num_bytes - 10, 10, 2048, 8)
+
+
+@dataclass
+class FakeReplica:
+    state: ReplicaState = "cold"
+    generation: int = 0
+    facts: ModelFacts | None = None
+    running: list[str] = field(default_factory=list)
+
+
+class FakeAgent:
+    """What an agent is to the scheduler: takes commands, answers, and may die."""
+
+    def __init__(self, gpu: str, budget_bytes: int) -> None:
+        self.gpu = gpu
+        self.budget_bytes = budget_bytes
+        self.num_instances = 1
+        self.worker_pid = 1
+        self.replicas: dict[str, FakeReplica] = {}
+        self.inbox: list[Command] = []
+        self.events: list[Event] = []
+        self.statuses: list[tuple[float, AgentStatus]] = []
+
+    @property
+    def instance(self) -> str:
+        return f"{self.gpu}-{self.num_instances}"
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(
+            r.facts.footprint_bytes
+            for r in self.replicas.values()
+            if r.facts and r.state in DEVICE_STATES
+        )
+
+    def report(self, now: float) -> None:
+        replicas = tuple(
+            ReplicaStatus(model, r.state, r.generation, len(r.running), r.facts)
+            for model, r in self.replicas.items()
+        )
+        status = AgentStatus(
+            gpu=self.gpu,
+            instance=self.instance,
+            worker_pid=self.worker_pid,
+            device="cpu",
+            device_name="fake",
+            budget_bytes=self.budget_bytes,
+            used_bytes=self.used_bytes,
+            page_bytes=1,
+            replicas=replicas,
+        )
+        self.statuses.append((now, status))
+
+    def accept(self, now: float) -> None:
+        """Take the next command from the inbox."""
+        command = self.inbox.pop(0)
+        replica = self.replicas.setdefault(command.model, FakeReplica())
+        where = (self.gpu, command.model, command.generation, now)
+        kind = KINDS[type(command)]
+        if command.generation == replica.generation:
+            return
+        if command.generation < replica.generation:
+            self.events.append(CommandRejected(*where, kind, "older than the newest"))
+            return
+        state = replica.state
+        match command:
+            case Register():
+                size = SIZES.get(command.model, 1000)
+                replica.facts = replica.facts or facts(size)
+                if state == "failed":
+                    replica.state = "cold"
+                self.events.append(ModelRegistered(*where, replica.facts))
+            case Load() if state in ("cold", "loading") and replica.facts:
+                replica.state = "loading"
+            case Load() if state != "failed" and replica.facts:
+                self.events.append(ModelLoaded(*where, 1, 0.1))
+            case SwapIn() if state == "host" and replica.facts:
+                need = self.used_bytes + replica.facts.footprint_bytes
+                assert need <= self.budget_bytes, f"{self.gpu} over-committed by {command}"
+                replica.state = "swapping_in"
+            case SwapIn() if state == "swapping_in":
+                pass
+            case SwapIn() if state == "resident":
+                self.events.append(SwapInCompleted(*where, SwapTrace(now)))
+            case SwapOut() if state in ("resident", "draining"):
+                replica.state = "draining"
+            case SwapOut() if state == "host":
+                self.events.append(SwapOutCompleted(*where, SwapTrace(now)))
+            case _:
+                self.events.append(CommandRejected(*where, kind, f"is {state}"))
+                return
+        replica.generation = command.generation
+        self.report(now)
+
+    def advance(self, model: str, now: float, succeed: bool = True) -> None:
+        """Finish what ``model`` is at."""
+        replica = self.replicas[model]
+        where = (self.gpu, model, replica.generation, now)
+        if replica.state == "loading" and succeed:
+            replica.state = "host"
+            self.events.append(ModelLoaded(*where, 1, 0.1))
+        elif replica.state == "swapping_in" and succeed:
+            replica.state = "resident"
+            self.events.append(SwapInCompleted(*where, SwapTrace(now)))
+        elif replica.state in ("loading", "swapping_in"):
+            kind: CommandKind = "load" if replica.state == "loading" else "swap_in"
+            replica.state = "failed"
+            self.events.append(CommandFailed(*where, kind, "no luck"))
+        elif replica.state == "draining" and not replica.running:
+            replica.state = "swapping_out"
+        elif replica.state == "swapping_out" and succeed:
+            replica.state = "host"
+            self.events.append(SwapOutCompleted(*where, SwapTrace(now)))
+        elif replica.state == "swapping_out":
+            replica.state = "resident"
+            self.events.append(CommandFailed(*where, "swap_out", "no luck"))
+        else:
+            return
+        self.report(now)
+
+    def lose_worker(self, now: float) -> None:
+        self.worker_pid += 1
+        for replica in self.replicas.values():
+            replica.state = "cold"
+            replica.running.clear()
+        self.events.append(WorkerDied(self.gpu, now, "killed"))
+        self.report(now)
+
+    def restart(self, now: float, in_order: bool) -> None:
+        if in_order:
+            self.events.append(AgentStopped(self.gpu, self.instance, now))
+        self.num_instances += 1
+        self.worker_pid += 1
+        self.replicas.clear()
+        self.report(now)
+
+
+class Cluster(RuleBasedStateMachine):
+    """Rules are what may happen at any moment; `teardown` is what must come of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+        self.state = ClusterState(epoch=7, config=CONFIG)
+        self.agents = {gpu: FakeAgent(gpu, size) for gpu, size in GPUS.items()}
+        self.queue: dict[str, str] = {}  # request id -> model, until it ends
+        self.num_requests = 0
+        self.log: list[Entry] = []
+        self.commands: list[Command] = []
+        self.generations: dict[tuple[str, str], int] = {}
+
+    def tell(self, event: Input) -> None:
+        self.log.append(Entry(self.now, event))
+        for command in decide(self.state, event, self.now):
+            replica = (command.gpu, command.model)
+            assert command.epoch == 7
+            assert command.generation > self.generations.get(replica, 0)
+            self.generations[replica] = command.generation
+            self.commands.append(command)
+            self.agents[command.gpu].inbox.append(command)
+        self.state.validate()
+
+    @property
+    def running(self) -> set[str]:
+        replicas = [r for agent in self.agents.values() for r in agent.replicas.values()]
+        return {request_id for r in replicas for request_id in r.running}
+
+    def start_requests(self, agent: FakeAgent, model: str) -> None:
+        if agent.replicas[model].state != "resident":
+            return
+        running = self.running
+        for request_id in [r for r, m in self.queue.items() if m == model and r not in running]:
+            agent.replicas[model].running.append(request_id)
+            agent.events.append(RequestStarted(agent.gpu, model, request_id, self.now, 1, 0.0))
+
+    def end_request(self, agent: FakeAgent, model: str) -> None:
+        if agent.replicas[model].running:
+            request_id = agent.replicas[model].running.pop(0)
+            self.queue.pop(request_id, None)
+            timing = RequestTiming()
+            agent.events.append(
+                RequestEnded(agent.gpu, model, request_id, self.now, "stop", 1, 1, timing)
+            )
+
+    # -- what may happen -------------------------------------------------------------------
+
+    @initialize()
+    def start(self) -> None:
+        for model in (*SIZES, TOO_LARGE):
+            self.tell(DeploymentAdded(ModelSpec(model, f"/models/{model}", preload=model == "a")))
+        for agent in self.agents.values():
+            agent.report(self.now)
+
+    @rule(dt=st.sampled_from([0.01, 0.1, 0.5, 1.1, 3.0]))
+    def pass_time(self, dt: float) -> None:
+        self.now += dt
+        self.tell(Tick())
+
+    @rule(model=st.sampled_from(sorted(SIZES)), is_seen=st.sampled_from([True, True, False]))
+    def request(self, model: str, is_seen: bool) -> None:
+        self.num_requests += 1
+        request_id = f"r{self.num_requests}"
+        self.queue[request_id] = model
+        if is_seen:
+            self.tell(Demand(request_id, model, "interactive", self.now))
+
+    @precondition(lambda self: self.queue)
+    @rule(data=st.data(), is_seen=st.booleans())
+    def withdraw(self, data: st.DataObject, is_seen: bool) -> None:
+        waiting = sorted(set(self.queue) - self.running)
+        if waiting:
+            request_id = data.draw(st.sampled_from(waiting))
+            model = self.queue.pop(request_id)
+            if is_seen:
+                self.tell(RequestWithdrawn(model, request_id, self.now, "client_left"))
+
+    @rule(gpu=st.sampled_from(sorted(GPUS)), count=st.integers(1, 8))
+    def take_commands(self, gpu: str, count: int) -> None:
+        agent = self.agents[gpu]
+        for _ in range(min(count, len(agent.inbox))):
+            agent.accept(self.now)
+
+    @rule(gpu=st.sampled_from(sorted(GPUS)))
+    def lose_command(self, gpu: str) -> None:
+        if self.agents[gpu].inbox:
+            self.agents[gpu].inbox.pop()
+
+    @rule(gpu=st.sampled_from(sorted(GPUS)), luck=st.sampled_from([True, True, True, False]))
+    def work(self, gpu: str, luck: bool) -> None:
+        agent = self.agents[gpu]
+        for model in agent.replicas:
+            agent.advance(model, self.now, luck)
+            self.start_requests(agent, model)
+
+    @rule(gpu=st.sampled_from(sorted(GPUS)), model=st.sampled_from(sorted(SIZES)))
+    def end(self, gpu: str, model: str) -> None:
+        if model in self.agents[gpu].replicas:
+            self.end_request(self.agents[gpu], model)
+
+    @rule(
+        gpu=st.sampled_from(sorted(GPUS)),
+        data=st.data(),
+        fate=st.sampled_from(["once", "once", "once", "twice", "never"]),
+    )
+    def deliver_event(self, gpu: str, data: st.DataObject, fate: str) -> None:
+        events = self.agents[gpu].events
+        if events:
+            index = data.draw(st.integers(0, len(events) - 1))
+            event = events[index] if fate == "twice" else events.pop(index)
+            if fate != "never":
+                self.tell(event)
+
+    @rule(gpu=st.sampled_from(sorted(GPUS)), count=st.integers(1, 5))
+    def deliver_events(self, gpu: str, count: int) -> None:
+        events = self.agents[gpu].events
+        for _ in range(min(count, len(events))):
+            self.tell(events.pop(0))
+
+    @rule(gpu=st.sampled_from(sorted(GPUS)), skip=st.integers(0, 2), is_new=st.booleans())
+    def deliver_status(self, gpu: str, skip: int, is_new: bool) -> None:
+        agent = self.agents[gpu]
+        if is_new:
+            agent.report(self.now)
+        on_time = [s for s in agent.statuses if self.now - s[0] < CONFIG.settle_s]
+        agent.statuses = on_time[skip:]
+        if agent.statuses:
+            self.tell(agent.statuses.pop(0)[1])
+
+    @rule(drift=st.sampled_from([0.0, 0.0, 0.2]))
+    def count_queue(self, drift: float) -> None:
+        self.tell(QueueDepths(self.depths(), self.now - drift))
+
+    @rule(gpu=st.sampled_from(sorted(GPUS)))
+    def lose_lease(self, gpu: str) -> None:
+        self.tell(AgentLost(gpu))
+
+    @rule(gpu=st.sampled_from(sorted(GPUS)))
+    def lose_worker(self, gpu: str) -> None:
+        self.agents[gpu].lose_worker(self.now)
+
+    @rule(gpu=st.sampled_from(sorted(GPUS)), in_order=st.booleans())
+    def restart(self, gpu: str, in_order: bool) -> None:
+        self.agents[gpu].restart(self.now, in_order)
+
+    @rule(event=st.sampled_from(["unknown gpu", "unknown model"]))
+    def nonsense(self, event: str) -> None:
+        gpu, model = ("gpu9", "a") if event == "unknown gpu" else ("gpu0", "nobody")
+        trace = SwapTrace(self.now)
+        self.tell(SwapInCompleted(gpu, model, 3, self.now, trace))
+        self.tell(CommandFailed(gpu, model, 3, self.now, "load", "what?"))
+        self.tell(RequestStarted(gpu, model, "nobody", self.now, 1, 0.0))
+        self.tell(Demand("nobody", "nobody", "batch", self.now))
+        self.tell(AgentLost(gpu) if gpu == "gpu9" else Tick())
+
+    @invariant()
+    def bytes_fit(self) -> None:
+        for agent in self.agents.values():
+            assert agent.used_bytes <= agent.budget_bytes
+
+    # -- what must come of it --------------------------------------------------------------
+
+    def depths(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for model in self.queue.values():
+            counts[model] = counts.get(model, 0) + 1
+        return counts
+
+    def quiet_step(self) -> None:
+        """A quarter second of a healthy cluster: nothing fails, nothing gets lost."""
+        for agent in self.agents.values():
+            while agent.inbox:
+                agent.accept(self.now)
+            for model in agent.replicas:
+                self.end_request(agent, model)
+                agent.advance(model, self.now)
+                self.start_requests(agent, model)
+            agent.report(self.now)
+            agent.statuses = [s for s in agent.statuses if self.now - s[0] < CONFIG.settle_s]
+            while agent.events:
+                self.tell(agent.events.pop(0))
+            while agent.statuses:
+                self.tell(agent.statuses.pop(0)[1])
+        self.tell(QueueDepths(self.depths(), self.now))
+        self.now += 0.25
+        self.tell(Tick())
+
+    def teardown(self) -> None:
+        if not self.log:
+            return  # hypothesis checks the class itself once
+        give_up_at = self.now + PATIENCE_S
+        while (self.queue or self.state.waiting) and self.now < give_up_at:
+            self.quiet_step()
+        assert not self.queue, f"never served: {self.queue}; {self.story()}"
+        assert not self.state.waiting
+        assert self.state.deployment_view(TOO_LARGE).status in ("failed", "pending")
+        self.check_replay()
+
+    def story(self) -> str:
+        return "\n".join(
+            f"{r.life.name} {r.state} pending={r.pending} failure={r.failure} {r.life.history}"
+            for agent in self.state.agents.values()
+            for r in agent.replicas.values()
+        )
+
+    def check_replay(self) -> None:
+        """The log as JSON, told to a fresh state: the same commands."""
+        log = msgspec.json.decode(msgspec.json.encode(self.log), type=list[Entry])
+        state = ClusterState(epoch=7, config=CONFIG)
+        again = [command for entry in log for command in decide(state, entry.event, entry.now)]
+        assert again == self.commands
+
+
+def test_invariants_hold_and_everybody_is_served_whatever_happens() -> None:
+    run_state_machine_as_test(
+        Cluster,
+        settings=settings(
+            max_examples=60,
+            stateful_step_count=60,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

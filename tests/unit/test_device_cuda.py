@@ -1,0 +1,173 @@
+"""The CUDA pool against a recording stand-in for the driver. No GPU is involved."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from schemas.state import ModelSpec
+from services.gpu_agent import device, device_cpu
+from services.gpu_agent.device_cuda import CudaPool
+from services.gpu_agent.hosted import HostedModel
+from services.gpu_agent.pages import DeviceError
+from tests.unit import tiny_models
+from tests.unit.fake_driver import GRANULARITY, CUresult, FakeDriver
+
+PAGE = 2 * GRANULARITY
+OpenPool = Callable[..., CudaPool]
+
+
+@pytest.fixture
+def driver() -> Iterator[FakeDriver]:
+    fake = FakeDriver(64 * PAGE)
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def open_pool(driver: FakeDriver) -> OpenPool:
+    def make(num_pages: int = 8, page_bytes: int = PAGE) -> CudaPool:
+        return CudaPool(
+            driver,
+            num_pages,
+            page_bytes,
+            0,
+            device_name="fake",
+            torch_device=torch.device("cpu"),
+            compute_stream=lambda: 9,
+            tensor_at=device_cpu._tensor_at,
+        )
+
+    return make
+
+
+def test_every_page_is_created_once_and_mapped_in_the_identity_view(
+    driver: FakeDriver, open_pool: OpenPool
+) -> None:
+    pool = open_pool()
+    assert driver.count("cuMemCreate") == 8
+    assert driver.count("cuMemMap") == 8
+    assert driver.count("cuMemSetAccess") == 1
+    reserve = next(arguments for name, arguments in driver.calls if name == "cuMemAddressReserve")
+    assert reserve == (8 * PAGE, PAGE, 0, 0)
+    pool.identity(torch.float32)[3 * PAGE // 4] = 2.0
+    pool.close()
+    assert (driver.pages, driver.ranges, driver.mappings, driver.contexts) == ({}, {}, {}, 0)
+    assert driver.count("cuMemCreate") == driver.count("cuMemRelease")
+
+
+def test_a_region_is_a_second_view_of_the_same_pages(
+    driver: FakeDriver, open_pool: OpenPool
+) -> None:
+    pool = open_pool()
+    region = pool.reserve(3 * PAGE - 1)
+    driver.calls.clear()
+    region.map((6, 1, 2))
+    assert driver.names() == [
+        *["cuMemMap"] * 3,
+        "cuMemSetAccess",
+        "cuEventCreate",  # copies wait for what computes
+        "cuEventRecord",
+        "cuStreamWaitEvent",
+        "cuEventDestroy",
+    ]
+    assert driver.calls[5][1][1] == 9  # recorded on the compute stream
+    assert driver.calls[6][1][0] == 5  # the copy stream waits
+    region.tensor[PAGE] = 7
+    assert int(pool.identity(torch.uint8)[PAGE]) == 7
+    driver.calls.clear()
+    assert region.unmap() == (6, 1, 2)
+    assert driver.names() == ["cuCtxSynchronize", "cuMemUnmap"]
+    region.release()
+    pool.close()
+    assert (driver.ranges, driver.events) == ({}, 0)
+
+
+def test_a_hosted_model_runs_over_it(
+    driver: FakeDriver, open_pool: OpenPool, tmp_path: Path
+) -> None:
+    pool = open_pool()
+    model = HostedModel.inspect(
+        ModelSpec("m", str(tiny_models.write(tmp_path / "m", "llama"))), pool
+    )
+    model.load(lambda _done, _total: None)
+    assert list(driver.pinned.values()) == [model.layout.num_bytes]
+    ids = tiny_models.prompt()
+    expected = tiny_models.logits(tiny_models.reference(model.folder), ids)
+    for _ in range(3):
+        trace = model.swap_in()
+        assert torch.equal(tiny_models.logits(model.module, ids), expected)
+        assert [layer.copy_s for layer in trace.layers] == [0.0025] * len(model.layout.groups)
+        model.swap_out()
+    assert len(driver.pinned) == 1
+    model.close()
+    pool.close()
+    assert (driver.pinned, driver.mappings, driver.ranges) == ({}, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("call", "story"),
+    [
+        ("cuInit", r"cuInit \(start\)"),
+        ("cuDevicePrimaryCtxRetain", r"cuDevicePrimaryCtxRetain \(GPU 0\)"),
+        ("cuMemCreate", rf"cuMemCreate \(page 1 of 8, {PAGE} bytes\).*lower the budget"),
+        ("cuMemAddressReserve", rf"cuMemAddressReserve \({8 * PAGE} bytes aligned to {PAGE}\)"),
+        ("cuMemMap", rf"cuMemMap \(page 1 at byte {PAGE} of {8 * PAGE}, {PAGE} bytes\)"),
+        ("cuMemSetAccess", rf"cuMemSetAccess \({8 * PAGE} bytes\)"),
+        ("cuStreamCreate", r"cuStreamCreate \(copy stream\)"),
+    ],
+)
+def test_a_failure_at_start_is_named_and_leaves_nothing(
+    driver: FakeDriver, open_pool: OpenPool, call: str, story: str
+) -> None:
+    nth = 2 if call in {"cuMemCreate", "cuMemMap"} else 1
+    driver.fail[call] = (nth, CUresult.CUDA_ERROR_OUT_OF_MEMORY)
+    with pytest.raises(DeviceError, match=story) as caught:
+        open_pool()
+    assert "CUDA_ERROR_OUT_OF_MEMORY (out of memory)" in str(caught.value)
+    assert (driver.pages, driver.ranges, driver.mappings, driver.contexts) == ({}, {}, {}, 0)
+
+
+def test_a_failed_map_unmaps_what_was_mapped(driver: FakeDriver, open_pool: OpenPool) -> None:
+    pool = open_pool()
+    region = pool.reserve(3 * PAGE)
+    before = dict(driver.mappings)
+    driver.fail["cuMemMap"] = (driver.count("cuMemMap") + 3, CUresult.CUDA_ERROR_INVALID_VALUE)
+    with pytest.raises(DeviceError, match=rf"cuMemMap \(page 5 at byte {2 * PAGE} of {3 * PAGE}"):
+        region.map((3, 4, 5))
+    assert driver.mappings == before
+    assert not region.is_mapped
+    region.map((3, 4, 5))
+    region.unmap()
+    pool.close()
+
+
+def test_a_failed_copy_gives_all_pages_back(
+    driver: FakeDriver, open_pool: OpenPool, tmp_path: Path
+) -> None:
+    pool = open_pool()
+    model = HostedModel.inspect(
+        ModelSpec("m", str(tiny_models.write(tmp_path / "m", "llama"))), pool
+    )
+    model.load(lambda _done, _total: None)
+    driver.fail["cuMemcpyHtoDAsync"] = (3, CUresult.CUDA_ERROR_INVALID_CONTEXT)
+    with pytest.raises(DeviceError, match=r"cuMemcpyHtoDAsync \(\d+ bytes to byte \d+ of \d+\)"):
+        model.swap_in()
+    assert (pool.num_free, model.state, model.kv_pages) == (8, "host", ())
+    model.swap_in()
+    model.close()
+    pool.close()
+
+
+def test_page_sizes_must_fit_the_granularity(driver: FakeDriver, open_pool: OpenPool) -> None:
+    with pytest.raises(DeviceError, match="set page_bytes to a multiple"):
+        open_pool(page_bytes=GRANULARITY // 2)
+    assert driver.contexts == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where it is missing")
+def test_without_a_gpu_the_reason_is_given() -> None:
+    assert device.why_no_cuda(0)
+    with pytest.raises(DeviceError, match='device "cuda" was asked for, but'):
+        device.open_pool("cuda", PAGE)

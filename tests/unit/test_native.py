@@ -1,0 +1,142 @@
+"""The native engine on real pages: swaps, several models, and operations out of place."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from schemas.requests import TextPrompt
+from schemas.state import ModelSpec
+from services.gpu_agent.device_cpu import CpuPool
+from services.gpu_agent.engine.native import NativeEngine
+from services.gpu_agent.ipc import (
+    Broke,
+    Loaded,
+    OpFailed,
+    Produced,
+    Registered,
+    SwappedIn,
+    SwappedOut,
+)
+from tests.unit import tiny_models
+from tests.unit.engine_kit import Answers, expected_greedy, request, save_tokenizer
+
+
+@pytest.fixture
+def engine() -> Iterator[NativeEngine]:
+    pool = CpuPool(4)  # each tiny model takes one page of weights and one of KV: two fit
+    yield NativeEngine(pool)
+    pool.close()
+
+
+def add(engine: NativeEngine, folder: Path, family: str) -> None:
+    path = tiny_models.write(folder / family, family)
+    save_tokenizer(path)
+    spec = ModelSpec(family, str(path), dtype="float32")
+    assert isinstance(engine.register(spec), Registered)
+    job = engine.load(family)
+    assert not isinstance(job, OpFailed)
+    assert isinstance(job(lambda done, total: None), Loaded)
+    engine.end_load(family)
+
+
+def finish(engine: NativeEngine, answers: Answers) -> Answers:
+    while engine.is_busy:
+        answers.take(engine.step())
+    return answers
+
+
+def test_tokens_are_the_same_after_random_swaps(tmp_path: Path, engine: NativeEngine) -> None:
+    families = ["llama_tied", "mistral", "falcon_7b", "falcon_alibi"]
+    for family in families:
+        add(engine, tmp_path, family)
+    prompt = tiny_models.prompt(40).tolist()[0]
+    sampled = {"temperature": 1.0, "top_p": 0.9, "seed": 3, "max_tokens": 12}
+
+    def ask(family: str) -> list[list[int]]:
+        answers = Answers()
+        answers.take(engine.submit(request("g", prompt, family, max_tokens=12)))
+        answers.take(engine.submit(request("s", prompt, family, **sampled)))
+        finish(engine, answers)
+        return [answers["g"].tokens, answers["s"].tokens]
+
+    rng = random.Random(5)
+    expected: dict[str, list[list[int]]] = {}
+    resident: list[str] = []
+    for _ in range(24):
+        family = rng.choice(families)
+        if family not in resident:
+            if len(resident) == 2:
+                out = engine.swap_out(resident.pop(rng.randrange(2)))
+                assert isinstance(out, SwappedOut)
+            assert isinstance(engine.swap_in(family), SwappedIn)
+            resident.append(family)
+        tokens = ask(family)
+        reference = AutoModelForCausalLM.from_pretrained(tmp_path / family, dtype=torch.float32)
+        expected.setdefault(family, tokens)
+        assert tokens == expected[family]
+        assert tokens[0] == expected_greedy(reference.eval(), prompt, 12)
+    assert set(expected) == set(families)
+
+
+def test_two_models_take_turns_and_text_prompts_work(tmp_path: Path, engine: NativeEngine) -> None:
+    for family in ("llama", "qwen2"):
+        add(engine, tmp_path, family)
+        engine.swap_in(family)
+    answers = Answers()
+    for family in ("llama", "qwen2"):
+        answers.take(engine.submit(request(family, TextPrompt("Hello"), family)))
+    outs = [engine.step() for _ in range(6)]
+    ids = [m.request_id for out in outs for m in out if isinstance(m, Produced)]
+    assert ids == ["llama", "qwen2"] * 3
+    for out in outs:
+        answers.take(out)
+    assert all(len(a.tokens) == 8 for a in finish(engine, answers).values())
+
+
+def test_operations_out_of_place_are_refused(tmp_path: Path, engine: NativeEngine) -> None:
+    add(engine, tmp_path, "llama")
+    answers = Answers()
+    answers.take(engine.submit(request("early", [1], "llama")))
+    answers.take(engine.submit(request("nobody", [1], "nope")))
+    for name, words in (("early", "is host on this GPU"), ("nobody", "is not registered")):
+        end = answers[name].end
+        assert isinstance(end, Broke)
+        assert end.code == "model_unavailable"
+        assert words in end.message
+    refusals = [engine.swap_out("llama"), engine.swap_in("nope"), engine.load("nope")]
+    assert all(isinstance(refusal, OpFailed) for refusal in refusals)
+    engine.swap_in("llama")
+    engine.submit(request("busy", [1], "llama"))
+    refusal = engine.swap_out("llama")
+    assert isinstance(refusal, OpFailed)
+    assert "still has 1 requests" in refusal.reason
+    aborted = engine.abort("model_unavailable", "the engine is shutting down")
+    assert [type(m) for m in aborted] == [Broke]
+    assert not engine.is_busy
+    assert isinstance(engine.swap_out("llama"), SwappedOut)
+
+
+def test_a_full_device_and_bad_files_are_told_with_their_cause(
+    tmp_path: Path, engine: NativeEngine
+) -> None:
+    for family in ("llama", "qwen2", "mistral"):
+        add(engine, tmp_path, family)
+    for family in ("llama", "qwen2"):
+        engine.swap_in(family)
+    full = engine.swap_in("mistral")
+    assert isinstance(full, OpFailed)
+    assert "2 pages wanted, 0 free of 4" in full.reason
+    missing = engine.register(ModelSpec("gone", str(tmp_path / "gone")))
+    assert isinstance(missing, OpFailed)
+    assert "gone" in missing.reason
+    path = tiny_models.write(tmp_path / "mute", "llama")
+    engine.register(ModelSpec("mute", str(path)))
+    job = engine.load("mute")
+    assert not isinstance(job, OpFailed)
+    mute = job(lambda done, total: None)
+    assert isinstance(mute, OpFailed)
+    assert "no usable tokenizer" in mute.reason

@@ -1,0 +1,194 @@
+"""Choices: who has to leave, where a model goes, who comes next. Sizes in bytes, times in s."""
+
+import pytest
+
+from schemas.state import AgentStatus, ModelFacts, ModelSpec, ReplicaState, ReplicaStatus
+from services.scheduler.policy import (
+    Placement,
+    choose_preload,
+    choose_victims,
+    place,
+    unserved_models,
+)
+from services.scheduler.reconcile import absorb_status
+from services.scheduler.replica import Agent, Replica
+from services.scheduler.state import ClusterState, Plan, Waiter
+
+NOW = 100.0
+
+
+def facts(size: int) -> ModelFacts:
+    return ModelFacts("Llama", "float32", 1, size - 1, 1, 2048, 8)
+
+
+def resident(model: str, size: int) -> Replica:
+    replica = Replica("gpu0", model)
+    replica.facts = facts(size)
+    replica.life.adopt("resident", 0.0, "test")
+    return replica
+
+
+class Scene:
+    """A cluster as its agents' first statuses tell it."""
+
+    def __init__(self) -> None:
+        self.state = ClusterState(epoch=1)
+
+    def gpu(self, name: str, budget: int, /, **replicas: tuple[ReplicaState, int, int]) -> Agent:
+        """``model=(state, size, in_flight)``; swapped in long ago, in the order given."""
+        statuses = tuple(
+            ReplicaStatus(model, state, 1, in_flight, facts(size))
+            for model, (state, size, in_flight) in replicas.items()
+        )
+        status = AgentStatus(name, "i1", 1, "cpu", "cpu", budget, 0, 1, statuses)
+        agent = self.state.agent(name)
+        absorb_status(agent, status, self.state.config, 0.0)
+        for at, (model, replica) in enumerate(agent.replicas.items()):
+            replica.last_used = replica.resident_since = float(at)
+            self.state.deployments.setdefault(model, ModelSpec(model, "/m", preload=False))
+        return agent
+
+    def waits(self, model: str, at: float = NOW) -> None:
+        self.state.add_waiter(Waiter(f"{model}@{at}", model, "interactive", at))
+
+    def place(self, model: str, claims: dict[str, int] | None = None) -> Placement | None:
+        return place(self.state, model, claims or {}, NOW)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "need", "chosen"),
+    [
+        ([1, 1, 4], 0, ""),
+        ([1, 1, 4], 1, "a"),
+        ([1, 1, 4], 2, "ab"),
+        ([1, 1, 4], 4, "c"),  # a and b are spared: c alone is enough
+        ([1, 1, 4], 5, "ac"),  # b is spared first, it was used later
+        ([3, 1, 2], 5, "ac"),
+        ([1, 1, 4], 7, None),
+        ([], 1, None),
+    ],
+)
+def test_smallest_sufficient_prefix(sizes: list[int], need: int, chosen: str | None) -> None:
+    candidates = [resident(name, size) for name, size in zip("abc", sizes, strict=False)]
+    victims = choose_victims(candidates, need)
+    assert (None if victims is None else "".join(v.model for v in victims)) == chosen
+
+
+def test_1_free_bytes_are_used_first() -> None:
+    scene = Scene()
+    scene.gpu("gpu0", 10, a=("resident", 8, 0), b=("host", 8, 0))
+    scene.gpu("gpu1", 10, b=("host", 8, 0))
+    scene.waits("b")
+    assert scene.place("b") == Placement("gpu1", "swap_in")
+    assert scene.place("b", {"gpu1": 3}) == Placement("gpu0", "evict", ("a",))
+
+
+def test_1_among_equals_the_least_pressed() -> None:
+    scene = Scene()
+    scene.gpu("gpu0", 30, a=("resident", 10, 1), b=("host", 8, 0))
+    scene.gpu("gpu1", 20, c=("resident", 10, 0), b=("host", 8, 0))
+    scene.waits("b")
+    assert scene.place("b") == Placement("gpu1", "swap_in")
+
+
+def test_2_bytes_on_their_way_out_save_a_victim() -> None:
+    scene = Scene()
+    agent = scene.gpu("gpu0", 20, a=("draining", 10, 0), b=("host", 8, 0), c=("resident", 9, 0))
+    scene.waits("b")
+    assert agent.free_bytes == 1
+    assert scene.place("b") == Placement("gpu0", "wait")
+
+
+def test_3_the_least_recently_used_idle_model_leaves() -> None:
+    scene = Scene()
+    scene.gpu("gpu0", 20, a=("resident", 9, 1), c=("resident", 5, 0), d=("resident", 6, 0),
+              b=("host", 5, 0))  # fmt: skip
+    scene.waits("b")
+    assert scene.place("b") == Placement("gpu0", "evict", ("c",))
+    scene.state.agents["gpu0"].replicas["c"].last_used = 50.0
+    assert scene.place("b") == Placement("gpu0", "evict", ("d",))
+
+
+def test_3_a_model_with_waiters_is_not_idle_nor_is_one_that_comes_in() -> None:
+    scene = Scene()
+    scene.gpu("gpu0", 20, a=("resident", 10, 0), c=("swapping_in", 10, 0), b=("host", 5, 0))
+    scene.waits("a")
+    scene.waits("b")
+    assert scene.place("b") is None
+
+
+def test_4_load_where_there_is_room_rather_than_wait_for_a_busy_gpu() -> None:
+    scene = Scene()
+    scene.gpu("gpu0", 10, a=("resident", 10, 2), b=("host", 8, 0))
+    scene.gpu("gpu1", 10, b=("cold", 8, 0))
+    scene.waits("b")
+    assert scene.place("b") == Placement("gpu1", "load")
+
+
+def test_5_busy_models_leave_only_for_the_overdue() -> None:
+    scene = Scene()
+    scene.gpu("gpu0", 10, a=("resident", 5, 1), c=("resident", 5, 1), b=("host", 5, 0))
+    scene.waits("b", NOW - 0.9)
+    assert scene.place("b") is None
+    scene.waits("b", NOW - 1.1)
+    assert scene.place("b") == Placement("gpu0", "evict", ("a",))
+    scene.state.agents["gpu0"].replicas["a"].resident_since = NOW - 0.5
+    assert scene.place("b") == Placement("gpu0", "evict", ("c",))
+
+
+def test_6_load_before_there_is_room_one_at_a_time() -> None:
+    scene = Scene()
+    scene.gpu("gpu0", 10, a=("resident", 10, 2), b=("cold", 8, 0), c=("loading", 8, 0))
+    scene.waits("b")
+    assert scene.place("b") == Placement("gpu0", "load")
+    scene.waits("c")
+    assert scene.place("b") is None
+
+
+def test_7_the_overdue_claim_what_is_not_free_yet() -> None:
+    scene = Scene()
+    agent = scene.gpu("gpu0", 10, a=("resident", 8, 1), b=("host", 8, 0), c=("host", 2, 0))
+    agent.replicas["a"].resident_since = NOW - 0.5
+    scene.waits("b", NOW - 1.1)
+    scene.waits("c")
+    assert scene.place("b") == Placement("gpu0", "claim")
+    assert scene.place("c") == Placement("gpu0", "swap_in")
+    assert scene.place("c", {"gpu0": 8}) is None
+
+
+def test_a_model_larger_than_the_device_goes_nowhere() -> None:
+    scene = Scene()
+    scene.gpu("gpu0", 10, b=("host", 11, 0))
+    scene.gpu("gpu1", 10, b=("cold", 11, 0))
+    scene.waits("b", NOW - 50)
+    assert scene.place("b") is None
+
+
+def test_an_agent_that_is_gone_or_has_no_worker_is_no_place() -> None:
+    scene = Scene()
+    scene.gpu("gpu0", 10, b=("host", 8, 0)).is_alive = False
+    scene.gpu("gpu1", 10, b=("host", 8, 0)).worker_died = True
+    scene.waits("b")
+    assert scene.place("b") is None
+
+
+def test_models_are_served_by_their_earliest_waiter() -> None:
+    scene = Scene()
+    scene.gpu(
+        "gpu0", 10, a=("host", 5, 0), b=("host", 5, 0), c=("resident", 5, 0), d=("cold", 5, 0)
+    )
+    for model, at in (("a", 3.0), ("b", 2.0), ("c", 1.0), ("a", 1.5), ("d", 1.0)):
+        scene.waits(model, at)
+    scene.state.plans["d"] = Plan("d", "gpu0", "d@1.0")
+    assert unserved_models(scene.state) == ["a", "b"]
+
+
+def test_preload_goes_in_order_one_at_a_time() -> None:
+    scene = Scene()
+    agent = scene.gpu("gpu0", 10, a=("cold", 5, 0), b=("cold", 50, 0), c=("cold", 5, 0))
+    for model in "abc":
+        scene.state.deployments[model] = ModelSpec(model, "/m", preload=model != "a")
+    chosen = choose_preload(scene.state, agent, NOW)
+    assert chosen is agent.replicas["c"]  # a does not want it, b never fits
+    agent.replicas["a"].life.move("load", NOW)
+    assert choose_preload(scene.state, agent, NOW) is None

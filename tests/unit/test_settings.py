@@ -1,0 +1,118 @@
+"""hotswap.toml: every key known, every error naming key and value."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from services import settings
+from services.settings import (
+    ApiSettings,
+    GpuSettings,
+    ModelSettings,
+    NatsSettings,
+    SchedulerSettings,
+    Settings,
+    SettingsError,
+    TelemetrySettings,
+    parse_bytes,
+)
+
+EXAMPLE = Path(__file__).parents[2] / "deploy" / "config.example.toml"
+
+
+def parse(text: str) -> Settings:
+    return settings.parse(tomllib.loads(text), origin="hotswap.toml", folder=Path("/srv"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[api]\nprot = 1", "unknown key api.prot = 1; did you mean 'port'?"),
+        ("[apis]\nport = 1", "unknown key apis = {'port': 1}; did you mean 'api'?"),
+        ('[api]\nport = "x"', "api.port = 'x': Expected `int`, got `str`"),
+        ("[api]\nport = 99999", "port = 99999 is not a port number"),
+        ("api = 3", "api = 3: Expected `object`"),
+        ('[nats]\nurl = "10.0.0.5"', "url = '10.0.0.5' must look like nats://host:4222"),
+        ("[scheduler]\nrun_quantum_s = 0.0", "run_quantum_s = 0.0 must be greater than 0"),
+        ('[[gpus]]\nname = "a b"', "name = 'a b' may hold letters"),
+        ('[[gpus]]\nname = "a"\nmemory = "12 parsecs"', "'12 parsecs' is not a size"),
+        ('[[gpus]]\nname = "a"\nmemori = "1GiB"', "did you mean 'memory'?"),
+        ('[[gpus]]\nname = "a"\n[[gpus]]\nname = "a"', "name = 'a' is used twice"),
+        ('[models.a]\nsource = "./x"\nmax_batch = -1', "models.a: max_batch = -1 must be greater"),
+        ('[models.a]\nsrc = "./x"', "unknown key models.a.src = './x'; did you mean 'source'?"),
+        ('[models.a]\nsource = "./x"\ndtype = "int3"', "models.a.dtype = 'int3'"),
+        ("[models.a]\nmax_batch = 1", "missing required field `source`"),
+        ("models = 3", "write each model as [models.NAME]"),
+        ('[telemetry]\nlog_level = "loud"', "telemetry.log_level = 'loud'"),
+    ],
+)
+def test_a_bad_value_is_named(text: str, says: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse(text)
+    assert says in str(caught.value)
+    assert str(caught.value).startswith("hotswap.toml: ")
+
+
+def test_a_file_that_can_not_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"none\.toml: No such file"):
+        settings.load(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("[api\n")
+    with pytest.raises(SettingsError, match=r"bad\.toml is not valid TOML"):
+        settings.load(tmp_path / "bad.toml")
+
+
+def test_paths_are_relative_to_the_file_and_hub_ids_stay(tmp_path: Path) -> None:
+    (tmp_path / "models" / "a").mkdir(parents=True)
+    (tmp_path / "hotswap.toml").write_text(
+        '[models.a]\nsource = "models/a"\n[models.b]\nsource = "./b"\n'
+        '[models.c]\nsource = "Qwen/Qwen2.5-7B"\n'
+    )
+    found = settings.load(tmp_path / "hotswap.toml")
+    assert found.models["a"].source == str(tmp_path / "models" / "a")
+    assert found.models["b"].source == str(tmp_path / "b")
+    assert found.models["c"].source == "Qwen/Qwen2.5-7B"
+    assert found.state_path == tmp_path / ".hotswap"
+
+
+def test_dump_is_read_back() -> None:
+    before = parse('[models.a]\nsource = "/x"\nmax_batch = 3\n[[gpus]]\nname = "g"')
+    again = settings.parse(
+        tomllib.loads(settings.dump(before)), origin="dump", folder=Path("/elsewhere")
+    )
+    assert again == before
+
+
+def test_model_specs_carry_every_setting() -> None:
+    (spec,) = parse('[models.a]\nsource = "/x"\nmax_batch = 3\nkv_tokens = 64').model_specs()
+    assert (spec.name, spec.source, spec.max_batch, spec.kv_tokens) == ("a", "/x", 3, 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("1.5GiB", 3 * 2**29), ("800 MB", 800_000_000), ("12", 12), (7, 7), ("1kib", 1024)],
+)
+def test_parse_bytes(text: str | int, num_bytes: int) -> None:
+    assert parse_bytes(text) == num_bytes
+
+
+def test_the_example_shows_every_key_with_its_default() -> None:
+    text = EXAMPLE.read_text()
+    raw = tomllib.loads(text)
+    shown = settings.parse(raw, origin="example", folder=Path("/srv"))
+    assert shown.api == ApiSettings()
+    assert shown.nats == NatsSettings()
+    assert shown.scheduler == SchedulerSettings()
+    assert shown.telemetry == TelemetrySettings()
+    assert shown.gpus == (GpuSettings(name="gpu0"),)
+    assert shown.models["llama"] == ModelSettings(source=shown.models["llama"].source)
+    for section, kind in (
+        (raw["api"], ApiSettings),
+        (raw["nats"], NatsSettings),
+        (raw["scheduler"], SchedulerSettings),
+        (raw["telemetry"], TelemetrySettings),
+        (raw["gpus"][0], GpuSettings),
+    ):
+        assert set(section) == set(kind.__struct_fields__)
+    for key in ModelSettings.__struct_fields__:
+        assert f"\n{key} = " in text or f"\n# {key} = " in text

@@ -1,0 +1,250 @@
+"""The JSON bytes of every message are frozen: services of different versions share one bus.
+
+`golden/messages.jsonl` holds the bytes of `EXAMPLES`, one per line. A new message gets an
+example here and a line there, by ``python tests/unit/test_wire_golden.py``. An old line
+that changes means that running services would misread each other: give the message a new
+version in its tag instead, unless the field is new and has a default.
+"""
+
+import importlib
+import inspect
+import json
+import pkgutil
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import schemas
+from schemas import commands, events, requests, state, stream
+
+GOLDEN = Path(__file__).parent / "golden" / "messages.jsonl"
+
+SPEC = state.ModelSpec(
+    name="Qwen/Qwen2.5-7B",
+    source="/models/qwen",
+    dtype="bfloat16",
+    max_model_len=4096,
+    max_batch=16,
+    kv_tokens=8192,
+    preload=False,
+    trust_remote_code=True,
+)
+FACTS = state.ModelFacts(
+    architecture="LlamaForCausalLM",
+    dtype="bfloat16",
+    num_parameters=123_456_789,
+    weight_bytes=247_463_936,
+    kv_bytes=33_554_432,
+    max_model_len=4096,
+    max_batch=16,
+)
+TRACE = state.SwapTrace(
+    started_at=1767225600.25,
+    drain_s=0.5,
+    map_s=0.001,
+    copy_s=0.02,
+    total_s=0.521,
+    num_bytes=247_463_936,
+    layers=(state.LayerCopy(name="model.layers.0", num_bytes=2_097_152, copy_s=0.0002),),
+)
+TIMING = stream.RequestTiming(queue_wait_s=0.75, prefill_s=0.125, decode_s=2.5)
+REPLICA = state.ReplicaStatus(
+    model="m", state="failed", generation=3, in_flight=2, facts=FACTS, reason="checksum"
+)
+SAMPLING = requests.SamplingParams(
+    seed=42,
+    max_tokens=64,
+    min_tokens=1,
+    temperature=0.7,
+    top_p=0.9,
+    top_k=40,
+    stop=("\n\n", "é"),
+    ignore_eos=True,
+)
+AT = 1767225600.5
+
+
+def _generate(prompt: requests.Prompt) -> requests.GenerateRequest:
+    return requests.GenerateRequest(
+        request_id="req-1",
+        model="m",
+        klass="interactive",
+        prompt=prompt,
+        sampling=SAMPLING,
+        reply_to="_INBOX_api.abc.req-1",
+        created_at=AT,
+        deadline_at=AT + 60,
+    )
+
+
+_COMMAND: dict[str, Any] = {"gpu": "gpu0", "model": "m", "epoch": 5, "generation": 3}
+_EVENT: dict[str, Any] = {"gpu": "gpu0", "model": "m", "generation": 3, "at": AT}
+_CHUNK: dict[str, Any] = {"request_id": "req-1", "attempt": 2}
+
+EXAMPLES: tuple[msgspec.Struct, ...] = (
+    commands.Register(**_COMMAND, spec=SPEC),
+    commands.Load(**_COMMAND, request_id="req-1"),
+    commands.SwapIn(**_COMMAND, request_id="req-1"),
+    commands.SwapOut(**_COMMAND, request_id="req-1"),
+    events.AgentStarted(
+        gpu="gpu0",
+        instance="i1",
+        at=AT,
+        device="cpu",
+        device_name="Some CPU",
+        budget_bytes=402_653_184,
+    ),
+    events.AgentStopped(gpu="gpu0", instance="i1", at=AT),
+    events.WorkerDied(gpu="gpu0", at=AT, reason="exit status -9"),
+    events.ModelRegistered(**_EVENT, facts=FACTS),
+    events.ModelLoaded(**_EVENT, num_bytes=247_463_936, load_s=1.5),
+    events.LoadProgressed(gpu="gpu0", model="m", at=AT, done_bytes=1024, total_bytes=4096),
+    events.SwapInCompleted(**_EVENT, trace=TRACE),
+    events.SwapOutCompleted(**_EVENT, trace=TRACE),
+    events.CommandFailed(**_EVENT, command="load", reason="model.safetensors is missing"),
+    events.CommandRejected(**_EVENT, command="swap_in", reason="epoch 4 is older than 5"),
+    events.RequestStarted(
+        gpu="gpu0", model="m", request_id="req-1", at=AT, attempt=1, queue_wait_s=0.75
+    ),
+    events.RequestEnded(
+        gpu="gpu0",
+        model="m",
+        request_id="req-1",
+        at=AT,
+        outcome="failed",
+        prompt_tokens=12,
+        completion_tokens=34,
+        timing=TIMING,
+        error="engine_failed",
+    ),
+    events.RequestWithdrawn(model="m", request_id="req-1", at=AT, reason="client_left"),
+    events.LeaderElected(holder="scheduler-1", epoch=5, at=AT),
+    state.AgentStatus(
+        gpu="gpu0",
+        instance="i1",
+        worker_pid=4321,
+        device="cpu",
+        device_name="Some CPU",
+        budget_bytes=402_653_184,
+        used_bytes=281_018_368,
+        page_bytes=2_097_152,
+        replicas=(REPLICA,),
+    ),
+    state.DeploymentRecord(
+        spec=SPEC, status="failed", reason="no config.json", facts=FACTS, created_at=1767225600
+    ),
+    state.PlacementRecord(gpu="gpu0", model="m", desired="resident", generation=3, epoch=5),
+    state.ResidencyRecord(
+        gpu="gpu0", model="m", state="failed", generation=3, changed_at=AT, reason="checksum"
+    ),
+    state.LeaseRecord(holder="scheduler-1", epoch=5),
+    _generate(
+        requests.ChatPrompt(
+            messages=(requests.ChatMessage(role="user", content="Grüße", name="ada"),)
+        )
+    ),
+    _generate(requests.TextPrompt(text="Once upon a time")),
+    _generate(requests.TokenPrompt(token_ids=(1, 2, 3))),
+    requests.CancelRequest(request_id="req-1", model="m"),
+    stream.Started(**_CHUNK, gpu="gpu0", start="switch", swap=TRACE),
+    stream.Tokens(**_CHUNK, index=7, token_ids=(11, 12), text=" a time"),
+    stream.Finished(
+        **_CHUNK,
+        finish_reason="stop",
+        prompt_tokens=12,
+        completion_tokens=34,
+        timing=TIMING,
+        text="…",
+    ),
+    stream.Failed(**_CHUNK, code="engine_failed", message="the engine worker died"),
+)
+
+
+def _structs() -> list[type[msgspec.Struct]]:
+    """Every struct defined anywhere in schemas/."""
+    modules = [
+        importlib.import_module(f"schemas.{module.name}")
+        for module in pkgutil.iter_modules(schemas.__path__)
+    ]
+    return [
+        cls
+        for module in modules
+        for _, cls in inspect.getmembers(module, inspect.isclass)
+        if issubclass(cls, msgspec.Struct) and cls.__module__ == module.__name__
+    ]
+
+
+def _inside(value: object) -> Iterator[msgspec.Struct]:
+    """``value`` and every struct in it."""
+    if isinstance(value, msgspec.Struct):
+        yield value
+        for name in value.__struct_fields__:
+            yield from _inside(getattr(value, name))
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _inside(item)
+
+
+def _tag(cls: type[msgspec.Struct]) -> str | int | None:
+    return cls.__struct_config__.tag
+
+
+SHOWN = [struct for example in EXAMPLES for struct in _inside(example)]
+GOLDEN_LINES = GOLDEN.read_bytes().splitlines() if GOLDEN.exists() else []
+
+
+def test_there_is_one_golden_line_for_each_example() -> None:
+    assert len(GOLDEN_LINES) == len(EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("example", "line"),
+    list(zip(EXAMPLES, GOLDEN_LINES, strict=False)),
+    ids=lambda value: type(value).__name__ if isinstance(value, msgspec.Struct) else "",
+)
+def test_the_bytes_are_frozen_and_decode_back(example: msgspec.Struct, line: bytes) -> None:
+    assert msgspec.json.encode(example) == line
+    assert msgspec.json.decode(line, type=type(example)) == example
+    assert json.loads(line)["type"] == _tag(type(example))
+
+
+@pytest.mark.parametrize("cls", _structs(), ids=lambda cls: cls.__name__)
+def test_every_struct_has_a_golden_example(cls: type[msgspec.Struct]) -> None:
+    assert any(type(struct) is cls for struct in SHOWN), f"give {cls.__name__} an example here"
+
+
+@pytest.mark.parametrize("struct", SHOWN, ids=lambda struct: type(struct).__name__)
+def test_examples_are_fully_populated(struct: msgspec.Struct) -> None:
+    for info in msgspec.structs.fields(struct):
+        assert getattr(struct, info.name) != info.default, f"{info.name} is left at its default"
+
+
+def test_tags_are_explicit_and_unique() -> None:
+    tags = [tag for cls in _structs() if (tag := _tag(cls)) is not None]
+    assert [tag for tag, count in Counter(tags).items() if count > 1] == []
+    messages = [_tag(type(example)) for example in EXAMPLES]
+    for tag in messages:
+        assert re.fullmatch(r"hotswap\.[a-z]+\.v1\.[a-z_]+", str(tag)), tag
+    # Only alternatives inside a message may have a short tag.
+    assert set(tags) - set(messages) == {"chat", "text", "tokens"}
+
+
+def test_the_kind_of_every_event_is_unique_and_one_token() -> None:
+    kinds = {}
+    for example in EXAMPLES:
+        if isinstance(example, events.event_types()):
+            event = msgspec.json.decode(msgspec.json.encode(example), type=events.Event)
+            kinds[events.kind_of(event)] = type(event)
+    assert list(kinds.values()) == list(events.event_types())
+    assert all(re.fullmatch("[a-z_]+", kind) for kind in kinds)
+    assert kinds["swap_in_completed"] is events.SwapInCompleted
+    assert kinds["request_started"] is events.RequestStarted
+
+
+if __name__ == "__main__":
+    GOLDEN.write_bytes(b"".join(msgspec.json.encode(example) + b"\n" for example in EXAMPLES))

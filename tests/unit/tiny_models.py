@@ -1,0 +1,108 @@
+"""Tiny seeded checkpoints of every family, a few hundred KB each, for tests."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
+
+VOCABULARY: Final = 256
+MAX_LEN: Final = 256
+
+_LLAMA_LIKE: Final = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "max_position_embeddings": MAX_LEN,
+}
+_FALCON_LIKE: Final = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": MAX_LEN,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+# name -> (dtype, config). float32 and bfloat16 are mixed on purpose.
+FAMILIES: Final[dict[str, tuple[torch.dtype, Callable[[], Any]]]] = {
+    "llama": (torch.float32, lambda: LlamaConfig(**_LLAMA_LIKE)),
+    "llama_tied": (torch.bfloat16, lambda: LlamaConfig(**_LLAMA_LIKE, tie_word_embeddings=True)),
+    "mistral": (torch.bfloat16, lambda: MistralConfig(**_LLAMA_LIKE, sliding_window=16)),
+    "qwen2": (torch.float32, lambda: Qwen2Config(**_LLAMA_LIKE)),
+    # as Falcon 7B: one KV head, attention and MLP in parallel
+    "falcon_7b": (
+        torch.bfloat16,
+        lambda: FalconConfig(**_FALCON_LIKE, multi_query=True, alibi=False, bias=False),
+    ),
+    # as Falcon 40B: grouped KV heads, which transformers caches broadcast to all heads
+    "falcon_40b": (
+        torch.float32,
+        lambda: FalconConfig(
+            **_FALCON_LIKE, new_decoder_architecture=True, num_kv_heads=2, alibi=False, bias=False
+        ),
+    ),
+    "falcon_alibi": (
+        torch.float32,
+        lambda: FalconConfig(
+            **_FALCON_LIKE, multi_query=False, alibi=True, parallel_attn=False, bias=True
+        ),
+    ),
+}
+
+
+def write(folder: Path, family: str, *, seed: int = 0, max_shard_size: str = "1GB") -> Path:
+    """Write ``family`` with seeded random weights to ``folder``; returns the folder."""
+    dtype, make_config = FAMILIES[family]
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        model = AutoModelForCausalLM.from_config(make_config(), dtype=dtype)
+        for name, parameter in model.named_parameters():
+            # Fresh norms and biases are ones and zeros, which would hide a mix-up.
+            if parameter.ndim == 1:
+                parameter.data.add_(torch.randn_like(parameter) * 0.1)
+            else:
+                parameter.data.mul_(3.0 if "embed" not in name else 1.0)
+    finally:
+        torch.random.set_rng_state(state)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change keys of ``folder``'s config.json; None removes a key."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def reference(folder: Path) -> Any:
+    """The model as transformers loads it, never touched by this project."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="sdpa")
+    return model.eval()
+
+
+def prompt(length: int = 24, seed: int = 0) -> torch.Tensor:
+    """Token ids of shape (1, length)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCABULARY, (1, length), generator=generator)
+
+
+def logits(module: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of shape (1, length, vocabulary), in float32."""
+    with torch.no_grad():
+        result: torch.Tensor = module(input_ids=ids, use_cache=False).logits
+    return result.float()
