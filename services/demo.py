@@ -86,9 +86,7 @@ async def _run(folder: Path, json_file: Path | None, console: Console) -> None:
         endpoints = await stack.start(supervisor, config, config_file, gpus)
         await stack.wait_ready(supervisor, endpoints)
         console.print(f"      ready at {endpoints.api_url}/v1, logs in {folder / 'logs'}")
-        console.print(
-            "[bold]3/3[/] measuring cold, switch, warm; raw memcpy in between ..."
-        )
+        console.print("[bold]3/3[/] measuring cold, switch, warm; raw memcpy in between ...")
         rows: list[Measurement] = []
         raw_copy = memcpy.RawCopy()
         copies = [raw_copy.once()]

@@ -9,12 +9,18 @@ an end: with [] where the answer is complete, else with ApiError or ClientLeft.
 
 import asyncio
 import contextvars
+import logging
 import time
+from collections.abc import Coroutine
+from typing import Any
 
 from schemas.requests import GenerateRequest
 from schemas.stream import Finished, Started
 from services.api.answer import Answer
 from services.api.errors import ApiError, slow_reader
+from services.bus import BusError
+
+log = logging.getLogger(__name__)
 
 MAX_BUFFERED_TOKENS = 10_000  # per request; a client that reads slower than that loses its stream
 
@@ -105,3 +111,30 @@ class Call:
         if self._cause:
             raise self._cause
         return []
+
+
+class Background:
+    """What is done for calls beside their HTTP requests."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def run(self, call: Call, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start ``work``, in the trace of ``call``."""
+        task = asyncio.create_task(work, context=call.context.copy())
+        self._tasks.add(task)
+        task.add_done_callback(self._on_done)
+        return task
+
+    async def wait(self, timeout_s: float) -> None:
+        """Until everything is done, ``timeout_s`` seconds at the most."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            if isinstance(error, BusError):  # whoever waits for the task answers it
+                log.debug("bus: %s", error)
+            else:
+                log.error("a background task of the relay failed", exc_info=error)

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 2  # a queue drains and a service restarts within this order of time
 _MAX_LISTED = 20
+_MAX_NAME = 200
 
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"
@@ -93,7 +94,8 @@ def model_not_found(model: str, existing: Sequence[str]) -> ApiError:
     listed = ", ".join(existing[:_MAX_LISTED]) or "none yet"
     if len(existing) > _MAX_LISTED:
         listed += f", ... ({len(existing)} in all, see GET /v1/models)"
-    message = f"The model {model!r} does not exist. Models here: {listed}."
+    name = repr(model if len(model) <= _MAX_NAME else f"{model[:_MAX_NAME]}...")
+    message = f"The model {name} does not exist. Models here: {listed}."
     return ApiError(404, "model_not_found", message, param="model")
 
 
@@ -133,10 +135,10 @@ def slow_reader(num_tokens: int) -> ApiError:
     return ApiError(503, "slow_reader", message)
 
 
-def from_failure(code: ErrorCode, message: str) -> ApiError:
-    """An agent's ``Failed`` chunk as an error."""
+def from_failure(code: ErrorCode, message: str, prompt_param: str) -> ApiError:
+    """An agent's ``Failed`` chunk as an error. ``prompt_param``: the field with the prompt."""
     status = _STATUS_OF_FAILURE[code]
-    param = "messages" if code in ("context_length_exceeded", "invalid_prompt") else None
+    param = prompt_param if status == 400 else None
     retry_after_s = RETRY_AFTER_S if status == 503 else None
     return ApiError(status, code, message, param=param, retry_after_s=retry_after_s)
 

@@ -23,18 +23,18 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable
+from typing import Literal, TypeAlias
 
 import msgspec
 
 from schemas.events import RequestWithdrawn, kind_of
 from schemas.names import cancel_subject, event_subject
-from schemas.requests import CancelRequest, GenerateRequest, Prompt, SamplingParams
+from schemas.requests import CancelRequest, ChatPrompt, GenerateRequest, Prompt, SamplingParams
 from schemas.stream import Chunk, Failed, Finished, Started, Tokens
 from services.api import errors
 from services.api.answer import Diverged
-from services.api.call import Call, ClientLeft
+from services.api.call import Background, Call, ClientLeft
 from services.api.errors import ApiError
 from services.bus import Bus, BusError, QueueFull, WorkQueue
 from services.bus.connection import Hook, RawMessage
@@ -45,6 +45,7 @@ WithdrawReason: TypeAlias = Literal["client_left", "deadline", "model_failed", "
 
 MAX_RUNS = 4  # then an error is the better answer
 _RETRY_S = 0.5
+_SETTLE_S = 0.05  # an agent that pulled a request just before it was withdrawn says so by then
 _REMEMBERED = 2048  # requests given up, in case an agent had just pulled one
 
 
@@ -57,9 +58,10 @@ class Relay:
         self._timeout_s = timeout_s
         self._max_queued = max_queued_per_model
         self._calls: dict[str, Call] = {}
+        self._leaving: dict[str, Call] = {}  # being taken back right now
         self._given_up: dict[str, str] = {}  # request id -> model, oldest first
         self._decoder: msgspec.json.Decoder[Chunk] = msgspec.json.Decoder(Chunk)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background()
         self._idle = asyncio.Event()
         self._idle.set()
         self._closing = False
@@ -102,7 +104,7 @@ class Relay:
         call.timer = loop.call_later(self._timeout_s, self._on_deadline, call)
         # A task of its own: the HTTP side may be cancelled, but a request that reached the
         # queue must have its sequence number known, or it could not be withdrawn.
-        queueing = self._spawn(call, self._enqueue(call, request_id))
+        queueing = self._background.run(call, self._enqueue(call, request_id))
         try:
             await asyncio.shield(queueing)
         except QueueFull as error:
@@ -143,8 +145,7 @@ class Relay:
         """After `drain`: finish taking requests back, stop listening."""
         if self._undo_hook:
             self._undo_hook()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=5)
+        await self._background.wait(5)
         if self._unsubscribe:
             await self._unsubscribe()
 
@@ -160,7 +161,10 @@ class Relay:
         if call := self._calls.get(request_id):
             if not call.answer.is_stale(chunk.request_id, chunk.attempt):
                 self._on_chunk(call, chunk)
-        elif isinstance(chunk, Started | Tokens) and request_id in self._given_up:
+            return
+        if isinstance(chunk, Started) and (leaving := self._leaving.get(request_id)):
+            leaving.started = chunk
+        if isinstance(chunk, Started | Tokens) and request_id in self._given_up:
             # Its agent pulled it before it was withdrawn, and saw the cancellation too early.
             await self._cancel(self._given_up.pop(request_id), chunk.request_id)
 
@@ -177,7 +181,9 @@ class Relay:
             case Failed() if chunk.code == "cancelled":
                 self._run_again(call, chunk.request_id, chunk.message)
             case Failed() if chunk.request_id == call.newest_run:
-                self._end(call, errors.from_failure(chunk.code, chunk.message), chunk.request_id)
+                param = "messages" if isinstance(call.request.prompt, ChatPrompt) else "prompt"
+                error = errors.from_failure(chunk.code, chunk.message, param)
+                self._end(call, error, chunk.request_id)
 
     def _on_tokens(self, call: Call, chunk: Tokens) -> None:
         try:
@@ -210,14 +216,14 @@ class Relay:
         next_run = f"{call.request_id}-r{len(call.runs) + 1}"
         log.warning("request %s runs again as %s: %s", run, next_run, why)
         call.runs[next_run] = None
-        self._spawn(call, self._enqueue_patiently(call, next_run))
+        self._background.run(call, self._enqueue_patiently(call, next_run))
 
     async def _queue_again(self) -> None:
         """After a reconnect. Sequence numbers of a restarted server start from 1 again."""
         for call in list(self._calls.values()):
             call.runs = dict.fromkeys(call.runs)
             call.answer.queued_again(call.newest_run)
-            self._spawn(call, self._enqueue_patiently(call, call.newest_run))
+            self._background.run(call, self._enqueue_patiently(call, call.newest_run))
 
     async def _enqueue_patiently(self, call: Call, run: str) -> None:
         """Queue a request that was admitted already: it waits for room, and for the server."""
@@ -250,15 +256,14 @@ class Relay:
         self._given_up[call.request_id] = call.model
         if len(self._given_up) > _REMEMBERED:
             del self._given_up[next(iter(self._given_up))]
-        withdrawn = reason if call.started is None else None
-        self._spawn(call, self._withdraw(call, list(call.runs), withdrawn))
+        self._background.run(call, self._withdraw(call, list(call.runs), reason))
 
     def _end(self, call: Call, how: Finished | ApiError, run: str) -> None:
         """Ways 1 and 2: ``run`` has ended at its agent; stop the others, if there are any."""
         self._drop(call, how)
         others = [other for other in call.runs if other != run]
         if others:
-            self._spawn(call, self._withdraw(call, others, None))
+            self._background.run(call, self._withdraw(call, others, None))
 
     def _drop(self, call: Call, how: Finished | Exception) -> None:
         call.end(how)
@@ -267,9 +272,15 @@ class Relay:
             self._idle.set()
 
     async def _withdraw(self, call: Call, runs: list[str], reason: WithdrawReason | None) -> None:
-        for run in runs:
-            await self._take_back(call, run)
-        if reason:
+        self._leaving[call.request_id] = call
+        try:
+            for run in runs:
+                await self._take_back(call, run)
+            if reason:
+                await asyncio.sleep(_SETTLE_S)
+        finally:
+            del self._leaving[call.request_id]
+        if reason and call.started is None:
             event = RequestWithdrawn(
                 model=call.model, request_id=call.request_id, at=time.time(), reason=reason
             )
@@ -289,18 +300,3 @@ class Relay:
 
     async def _cancel(self, model: str, run: str) -> None:
         await self._bus.publish(cancel_subject(model), CancelRequest(request_id=run, model=model))
-
-    def _spawn(self, call: Call, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run ``work`` beside, in the trace of ``call``."""
-        task = asyncio.create_task(work, context=call.context.copy())
-        self._tasks.add(task)
-        task.add_done_callback(self._on_task_done)
-        return task
-
-    def _on_task_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()):
-            if isinstance(error, BusError):  # `open` answers it, the others retry
-                log.debug("bus: %s", error)
-            else:
-                log.error("a background task of the relay failed", exc_info=error)

@@ -13,6 +13,8 @@ import msgspec
 from litestar.response.base import ASGIResponse
 from litestar.types import Receive, Scope, Send
 from msgspec import UNSET
+from opentelemetry import trace
+from opentelemetry.trace import Status, StatusCode
 
 from schemas.stream import Finished
 from services.api import openai
@@ -105,6 +107,7 @@ class EventStream(ASGIResponse):
             await _send(send, b"".join(chunks.closing(_finished(self._call))) + _DONE)
         except ApiError as error:
             log.error("request %s broke in mid-stream: %s", self._call.request_id, error)
+            trace.get_current_span().set_status(Status(StatusCode.ERROR, str(error)))
             with contextlib.suppress(OSError):
                 await _send(send, _event_bytes(error.body))
         except ClientLeft:

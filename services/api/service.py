@@ -69,6 +69,7 @@ async def _serve(app: ASGIApp, listener: socket.socket, relay: Relay, stop: asyn
         ws="none",
         lifespan="off",
         log_config=None,
+        log_level="warning",
         access_log=False,
         server_header=False,
         backlog=_BACKLOG,

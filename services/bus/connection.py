@@ -175,6 +175,10 @@ class Bus:
         """Largest message the server takes, in bytes."""
         return self._client.max_payload
 
+    def new_inbox(self, purpose: str) -> str:
+        """A subject prefix of ours that was never used before (object ids are used again)."""
+        return f"{self.inbox}.{purpose}.{next(self._ids)}"
+
     def on_reconnect(self, hook: Hook) -> Callable[[], None]:
         """Run ``hook`` after every reconnect, in the order of registration. Returns its undo.
 
@@ -306,6 +310,6 @@ class Bus:
                 try:
                     await hook()
                     break
-                except BusError as error:  # the server may still be coming up
+                except (BusError, TimeoutError) as error:  # the server may still be coming up
                     log.warning("re-arming after a reconnect: %s; trying again", error)
                     await asyncio.sleep(0.25)

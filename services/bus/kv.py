@@ -118,7 +118,7 @@ class Bucket(Generic[T]):
                 if raw.reply.rsplit(".", 1)[-1] == "0":  # ack subject ends in num_pending
                     caught_up.set()
 
-            inbox = f"{self._bus.inbox}.watch.{self.name}.{id(caught_up):x}"
+            inbox = self._bus.new_inbox(f"watch.{self.name}")
             unsubscribe = await self._bus.subscribe_raw(inbox, on_raw)
             info = await self._bus.jetstream(
                 f"CONSUMER.CREATE.KV_{self.name}",

@@ -11,7 +11,6 @@ hence the raw CONSUMER.CREATE and MSG.NEXT requests.
 """
 
 import asyncio
-import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -53,15 +52,28 @@ class Delivery:
     stream_seq: int
     _bus: Bus = field(repr=False)
     _ack_subject: str = field(repr=False)
+    _is_stale: bool = False
 
     async def ack(self) -> None:
-        await self._bus.publish_raw(self._ack_subject, b"+ACK")
+        await self._answer(b"+ACK")
 
     async def nak(self) -> None:
-        await self._bus.publish_raw(self._ack_subject, b"-NAK")
+        await self._answer(b"-NAK")
 
     async def in_progress(self) -> None:
-        await self._bus.publish_raw(self._ack_subject, b"+WPI")
+        await self._answer(b"+WPI")
+
+    def invalidate(self) -> None:
+        """Answer no more: after a reconnect. The request will be delivered again.
+
+        A restarted server has an empty memory stream and counts from 1 again, so an answer to
+        an old delivery could hit another request that has its number now.
+        """
+        self._is_stale = True
+
+    async def _answer(self, word: bytes) -> None:
+        if not self._is_stale:
+            await self._bus.publish_raw(self._ack_subject, word)
 
 
 class WorkQueue:
@@ -115,7 +127,12 @@ class WorkQueue:
 
 
 class Puller:
-    """Pulls one model's requests for one replica, never more than asked for by `want`."""
+    """Pulls one model's requests for one replica, never more than asked for by `want`.
+
+    A pull stays open at the server until its batch is used up or it expires; it is then
+    answered by a status that says how many were still to come. Requests arrive under their
+    own subject, so which pull brought one can not be told: only their sum is kept.
+    """
 
     def __init__(
         self, bus: Bus, model: str, on_delivery: Callable[[Delivery], Awaitable[None]]
@@ -124,29 +141,27 @@ class Puller:
         self._bus = bus
         self._on_delivery = on_delivery
         self._consumer = names.consumer_name(model)
-        self._inbox = f"{bus.inbox}.pull.{names.escape(model)}.{id(self):x}"
-        self._pulls: dict[str, int] = {}  # open MSG.NEXT requests: inbox token -> still to come
-        self._ids = itertools.count()
+        self._inbox = ""
+        self._num_asked = 0  # requests that open pulls may still bring
+        self._wanted = 0
         self._stopped = False
         self._unsubscribe: Hook | None = None
         self._undo_hook: Callable[[], None] | None = None
-        self._wanted = 0
         self._retry: asyncio.Task[None] | None = None
+        self._closing: set[asyncio.Future[None]] = set()  # subscriptions on their way out
 
     async def start(self) -> None:
         """Make the consumer exist and listen. Nothing is pulled until `want`."""
-        self._unsubscribe = await self._bus.subscribe_raw(f"{self._inbox}.*", self._on_raw)
-        await self._create_consumer()
         self._undo_hook = self._bus.on_reconnect(self._rearm)
+        await self._rearm()
 
     async def want(self, num_free: int) -> None:
         """There is room for ``num_free`` more requests: keep that many asked for."""
         self._wanted = num_free
-        short = num_free - sum(self._pulls.values())
-        if short <= 0 or self._stopped:
+        short = num_free - self._num_asked
+        if short <= 0 or self._stopped or not self._inbox:
             return
-        token = str(next(self._ids))
-        self._pulls[token] = short
+        self._num_asked += short
         body = {
             "batch": short,
             "expires": int(PULL_EXPIRES_S * NS),
@@ -156,7 +171,7 @@ class Puller:
         await self._bus.publish_raw(
             f"$JS.API.CONSUMER.MSG.NEXT.{names.STREAM_REQUESTS}.{self._consumer}",
             msgspec.json.encode(body),
-            reply=f"{self._inbox}.{token}",
+            reply=self._inbox,
         )
 
     def stop(self) -> None:
@@ -171,8 +186,24 @@ class Puller:
             self._undo_hook()
         if self._retry:
             self._retry.cancel()
-        if self._unsubscribe:
-            self._closing = asyncio.ensure_future(self._unsubscribe())
+        self._leave_inbox()
+
+    async def _rearm(self) -> None:
+        """Begin afresh on an inbox of its own: pulls of an earlier one find no listener."""
+        self._leave_inbox()
+        self._num_asked = 0
+        self._inbox = inbox = self._bus.new_inbox(f"pull.{names.escape(self.model)}")
+
+        async def on_raw(raw: RawMessage) -> None:
+            if raw.headers.get("Status"):
+                await self._on_status(inbox, raw)
+            else:
+                self._num_asked = max(0, self._num_asked - 1)
+                await self._on_message(raw)
+
+        self._unsubscribe = await self._bus.subscribe_raw(inbox, on_raw)
+        await self._create_consumer()
+        await self.want(self._wanted)
 
     async def _create_consumer(self) -> None:
         config: dict[str, Any] = {
@@ -190,32 +221,17 @@ class Puller:
             {"stream_name": names.STREAM_REQUESTS, "config": config, "action": ""},
         )
 
-    async def _rearm(self) -> None:
-        self._pulls.clear()
-        await self._create_consumer()
-        await self.want(self._wanted)
-
-    async def _on_raw(self, raw: RawMessage) -> None:
-        token = raw.subject.rsplit(".", 1)[1]
-        if status := raw.headers.get("Status"):
-            await self._on_status(token, status, raw.headers.get("Description", ""))
+    async def _on_status(self, inbox: str, raw: RawMessage) -> None:
+        status = raw.headers["Status"]
+        if self._stopped or inbox != self._inbox or status == "100":  # 100: heartbeat
             return
-        if token in self._pulls:
-            self._pulls[token] -= 1
-            if self._pulls[token] == 0:
-                del self._pulls[token]
-        await self._on_message(raw)
-
-    async def _on_status(self, token: str, status: str, description: str) -> None:
-        if status == "100":  # idle heartbeat
-            return
-        self._pulls.pop(token, None)
-        if self._stopped:
-            return
-        if status in ("404", "408"):  # nothing came before the pull expired: ask again
+        left = raw.headers.get("Nats-Pending-Messages")
+        if status == "408" and left is not None:  # the pull expired: ask again
+            self._num_asked = max(0, self._num_asked - int(left))
             await self.want(self._wanted)
         else:  # 409: consumer deleted, server shutting down, leadership change ...
-            log.warning("pull for %s ended: %s %s", self.model, status, description)
+            words = raw.headers.get("Description", "")
+            log.warning("pull for %s ended: %s %s", self.model, status, words)
             self._retry = asyncio.create_task(self._retry_later())
 
     async def _retry_later(self) -> None:
@@ -244,3 +260,10 @@ class Puller:
         await self._on_delivery(
             Delivery(request, context, num_delivered, stream_seq, self._bus, raw.reply)
         )
+
+    def _leave_inbox(self) -> None:
+        if self._unsubscribe:
+            leaving = asyncio.ensure_future(self._unsubscribe())
+            self._closing.add(leaving)
+            leaving.add_done_callback(self._closing.discard)
+            self._unsubscribe = None

@@ -131,14 +131,7 @@ class CpuRegion(Region):
         self.tensor = _tensor_at(self._range.address, num_bytes)
 
     def map(self, pages: tuple[int, ...]) -> None:
-        page_bytes = self._pool.page_bytes
-        if self.is_mapped:
-            raise ValueError(f"region already holds {len(self._pages)} pages: unmap it first")
-        if len(pages) * page_bytes != self.num_bytes:
-            raise ValueError(
-                f"{len(pages)} pages of {page_bytes} bytes do not fill a region of "
-                f"{self.num_bytes} bytes"
-            )
+        self._check_map(pages, self._pool.page_bytes)
         done: list[tuple[int, int, int]] = []
         try:
             for position, page, length in runs(pages):
@@ -151,8 +144,7 @@ class CpuRegion(Region):
         self._pages, self.is_mapped = pages, True
 
     def unmap(self) -> tuple[int, ...]:
-        if not self.is_mapped:
-            raise ValueError("region holds no pages: map it first")
+        self._check_is_mapped()
         pages = self._pages
         self._pages, self.is_mapped = (), False
         for position, page, length in runs(pages):
@@ -167,19 +159,13 @@ class CpuRegion(Region):
         _move_pages(source, target, length, page_bytes)
 
     def copy_in(self, offset: int, source: torch.Tensor) -> None:
-        if not self.is_mapped:
-            raise ValueError("region holds no pages: map it before copying")
-        if offset < 0 or offset + source.numel() > self.num_bytes:
-            raise ValueError(
-                f"{source.numel()} bytes at {offset} do not fit {self.num_bytes} bytes"
-            )
+        self._check_copy(offset, source)
         # Not Tensor.copy_: it forks into as many threads as torch has, and loses to one plain
         # memmove as soon as those threads' cores are shared.
         ctypes.memmove(self._range.address + offset, source.data_ptr(), source.numel())
 
     def release(self) -> None:
-        if self.is_mapped:
-            raise ValueError(f"region still holds {len(self._pages)} pages: unmap it first")
+        self._check_release()
         self._range.free()
 
 

@@ -58,13 +58,11 @@ class _Driver:
             remedy = ""
             if status == self.names.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
                 remedy = ": the GPU's memory is taken, lower the budget or stop who else uses it"
-            raise DeviceError(f"{call} ({about}) failed: {self._describe(status)}{remedy}")
+            _, text = self.names.cuGetErrorString(status)
+            text = text.decode() if isinstance(text, bytes) else text
+            what = f"{getattr(status, 'name', status)} ({text})"
+            raise DeviceError(f"{call} ({about}) failed: {what}{remedy}")
         return values[0] if len(values) == 1 else tuple(values)
-
-    def _describe(self, status: Any) -> str:
-        _, text = self.names.cuGetErrorString(status)
-        text = text.decode() if isinstance(text, bytes) else str(text)
-        return f"{getattr(status, 'name', status)} ({text})"
 
 
 class CudaPool(PagePool):
@@ -242,35 +240,34 @@ class CudaRegion(Region):
         self.num_bytes = num_bytes
         self.is_mapped = False
         self._address = pool.reserve_range(num_bytes)
-        self.tensor = pool.tensor_at(self._address, num_bytes)
+        try:
+            # torch asks the driver which device the address is on, and of a range with nothing
+            # mapped the driver knows none. Any page will do: nothing is read or written.
+            pool.map_range(self._address, (0,))
+            try:
+                self.tensor = pool.tensor_at(self._address, num_bytes)
+            finally:
+                pool.unmap_range(self._address, pool.page_bytes)
+        except BaseException:
+            pool.free_range(self._address, num_bytes)
+            raise
 
     def map(self, pages: tuple[int, ...]) -> None:
-        page_bytes = self._pool.page_bytes
-        if self.is_mapped:
-            raise ValueError(f"region already holds {len(self._pages)} pages: unmap it first")
-        if len(pages) * page_bytes != self.num_bytes:
-            raise ValueError(
-                f"{len(pages)} pages of {page_bytes} bytes do not fill a region of "
-                f"{self.num_bytes} bytes"
-            )
+        self._check_map(pages, self._pool.page_bytes)
         self._pool.map_range(self._address, pages)
         self._pages, self.is_mapped = pages, True
         self._pool.order_copies_after_compute()
 
     def unmap(self) -> tuple[int, ...]:
-        if not self.is_mapped:
-            raise ValueError("region holds no pages: map it first")
+        self._check_is_mapped()
         self._pool.synchronize()
         self._pool.unmap_range(self._address, self.num_bytes)
         pages, self._pages, self.is_mapped = self._pages, (), False
         return pages
 
     def copy_in(self, offset: int, source: torch.Tensor) -> None:
+        self._check_copy(offset, source)
         size = source.numel()
-        if not self.is_mapped:
-            raise ValueError("region holds no pages: map it before copying")
-        if offset < 0 or offset + size > self.num_bytes:
-            raise ValueError(f"{size} bytes at {offset} do not fit {self.num_bytes} bytes")
         self._pool.call(
             "cuMemcpyHtoDAsync",
             self._address + offset,
@@ -281,8 +278,7 @@ class CudaRegion(Region):
         )
 
     def release(self) -> None:
-        if self.is_mapped:
-            raise ValueError(f"region still holds {len(self._pages)} pages: unmap it first")
+        self._check_release()
         self._pool.free_range(self._address, self.num_bytes)
 
 

@@ -18,11 +18,11 @@ from typing import Any, Literal
 from torch import nn
 
 from schemas.state import ModelFacts, ModelSpec, SwapTrace
-from services.gpu_agent import checkpoint, loader, skeleton, transfer
+from services.gpu_agent import checkpoint, loader, probe, skeleton, transfer
 from services.gpu_agent.checkpoint import BadCheckpoint
 from services.gpu_agent.host_image import HostImage, Layout, plan_layout
 from services.gpu_agent.pages import PagePool, Region
-from services.gpu_agent.skeleton import KVGeometry
+from services.gpu_agent.probe import KVGeometry
 
 __all__ = ["BadCheckpoint", "HostedModel", "KVGeometry"]
 
@@ -76,7 +76,7 @@ class HostedModel:
         stored = (tensor.dtype for tensor in found.tensors.values())
         dtype = skeleton.choose_dtype(config, spec, stored)
         module = skeleton.build(config, spec, dtype)
-        examined = skeleton.examine(module, config, spec)
+        examined = probe.examine(module, config, spec)
         layout = plan_layout(examined.weights)
         max_model_len = _max_model_len(spec, config)
         facts = ModelFacts(

@@ -55,6 +55,7 @@ class Region(ABC):
     num_bytes: int  # whole pages
     tensor: torch.Tensor
     is_mapped: bool
+    _pages: tuple[int, ...]  # what is mapped here, in order
 
     @abstractmethod
     def map(self, pages: tuple[int, ...]) -> None:
@@ -82,6 +83,36 @@ class Region(ABC):
     @abstractmethod
     def release(self) -> None:
         """Free the address range. Raises ValueError while pages are mapped."""
+
+    # -- what both devices check -----------------------------------------------------------
+
+    def _check_map(self, pages: tuple[int, ...], page_bytes: int) -> None:
+        if self.is_mapped:
+            raise ValueError(f"region already holds {len(self._pages)} pages: unmap it first")
+        if len(pages) * page_bytes != self.num_bytes:
+            raise ValueError(
+                f"{len(pages)} pages of {page_bytes} bytes do not fill a region of "
+                f"{self.num_bytes} bytes"
+            )
+
+    def _check_is_mapped(self) -> None:
+        if not self.is_mapped:
+            raise ValueError("region holds no pages: map it first")
+
+    def _check_copy(self, offset: int, source: torch.Tensor) -> None:
+        self._check_is_mapped()
+        if source.dtype != torch.uint8 or not source.is_contiguous() or source.device.type != "cpu":
+            raise ValueError(
+                f"can not copy from {source.dtype} on {source.device}: host bytes only"
+            )
+        if offset < 0 or offset + source.numel() > self.num_bytes:
+            raise ValueError(
+                f"{source.numel()} bytes at {offset} do not fit {self.num_bytes} bytes"
+            )
+
+    def _check_release(self) -> None:
+        if self.is_mapped:
+            raise ValueError(f"region still holds {len(self._pages)} pages: unmap it first")
 
 
 class Stamp(ABC):

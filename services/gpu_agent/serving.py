@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -31,6 +32,7 @@ from services.gpu_agent.reporter import Reporter
 
 log = logging.getLogger(__name__)
 
+_REMEMBERED = 4096
 MAX_CRASHES = 2  # a request under which the worker died this often is not tried again
 
 Outcome = Literal["stop", "length", "cancelled", "failed"]
@@ -71,17 +73,22 @@ class Serving:
         self._freed = freed
         self._gone_inbox = f"{bus.inbox}.gone"
         self._crashes: dict[str, int] = {}
+        self._ended: OrderedDict[str, None] = OrderedDict()  # lately ended, newest last
         self.in_flight: dict[str, InFlight] = {}
 
     async def start(self) -> None:
         await self._bus.subscribe_raw(f"{self._gone_inbox}.*", self._on_gone)
+        self._bus.on_reconnect(self._on_reconnect)
 
     # -- from the queue ------------------------------------------------------------------
 
     async def on_delivery(self, replica: Replica, delivery: Delivery) -> None:
         request = delivery.request
         if known := self.in_flight.get(request.request_id):
-            known.delivery = delivery  # the same request, queued again after a server restart
+            known.delivery = delivery  # delivered again after a reconnect: go on, answer this one
+            return
+        if request.request_id in self._ended:
+            await delivery.ack()  # it ended while the connection was away
             return
         now = time.time()
         flight = InFlight(delivery, replica, attempt=delivery.num_delivered, pulled_at=now)
@@ -117,6 +124,10 @@ class Serving:
         if raw.headers.get("Status") == "503" and request_id in self.in_flight:
             log.info("nobody waits for request %s any more: cancelled", request_id)
             self._send(ipc.Cancel(request_id))
+
+    async def _on_reconnect(self) -> None:
+        for flight in self.in_flight.values():
+            flight.delivery.invalidate()
 
     async def keep_alive(self) -> None:
         """Tell the queue that all of these are still being worked on."""
@@ -212,6 +223,9 @@ class Serving:
         """The one place where a request ends: chunk, ack, event, free slot, in that order."""
         self._forget(flight)
         self._crashes.pop(flight.request.request_id, None)
+        self._ended[flight.request.request_id] = None
+        while len(self._ended) > _REMEMBERED:
+            self._ended.popitem(last=False)
         await self._chunk(flight, chunk)
         await flight.delivery.ack()
         await self._reporter.event(

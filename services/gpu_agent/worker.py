@@ -14,10 +14,17 @@ a model from the hub), which a background thread does one job after the other. T
 ends when it is told to, or at once when the socket closes: nobody is left to serve then.
 """
 
+import os
+
+# OpenMP reads this once, when torch is loaded. By default its threads spin while they wait
+# for each other; beside other busy processes (control, the api, a build) a spinning thread
+# takes the very core that the one it waits for needs, and a step takes up to 8 times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one prompt at a time is too little
+
 import argparse
 import ctypes
 import logging
-import os
 import queue
 import select
 import signal
@@ -252,7 +259,6 @@ def _tie_to_parent() -> None:
 
 def _quieten_libraries() -> None:
     """No progress bars, no advice for notebook users, no telemetry: this is a server."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     constants.HF_HUB_DISABLE_TELEMETRY = True
     disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()

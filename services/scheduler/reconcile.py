@@ -7,8 +7,8 @@ its generation (which command the agent had last accepted) and by the path of th
 For one replica, ``theirs`` being what the status says and ``ours`` the belief:
 
 1. The agent had not yet accepted our last command (``theirs.generation < floor``):
-   a. that command is unanswered: the status is about the past. Nothing to learn, unless theirs
-      holds device memory where ours is cold: adopt, no byte is counted too late.
+   a. that command is unanswered: the status is about the past. Nothing to learn, unless it shows
+      device memory taken by a stray command to an earlier instance: adopt, or nobody counts it.
    b. it was answered, or refused: a late status, or an agent that forgot. Dispute.
 2. Our last command is accepted but unanswered:
    a. theirs is its goal: it is done, the event got lost or is late.
@@ -58,7 +58,8 @@ def absorb_status(agent: Agent, status: AgentStatus, config: PolicyConfig, now: 
     agent.is_alive = True
     agent.worker_died = False
     agent.worker_pid = status.worker_pid
-    agent.budget_bytes = status.budget_bytes
+    if status.worker_pid:  # without its worker the agent knows no budget, and reports none
+        agent.budget_bytes = status.budget_bytes
     agent.seen_at = now
     reported = {theirs.model: theirs for theirs in status.replicas}
     for model in dict.fromkeys([*agent.replicas, *reported]):
@@ -128,7 +129,7 @@ def _judge(
     if theirs.generation < replica.floor:
         if pending is None:
             _dispute(replica, theirs, config, now)
-        elif replica.state == "cold" and theirs.state in DEVICE_STATES:
+        elif replica.may_stray and theirs.state in DEVICE_STATES:
             adopt(replica, theirs, now, "a stray command reached it")
         return
     if theirs.generation > replica.generation:

@@ -113,6 +113,12 @@ class ScriptedAgent:
         chunk = Started(to.request.request_id, GPU, to.num_delivered, start, swap)
         await self.bus.publish(to.request.reply_to, chunk)
 
+    async def answer_begins(self, to: Delivery, *texts: str) -> None:
+        """Started and tokens, flushed: the server has passed them on when this returns."""
+        await self.started(to)
+        await self.tokens(to, *texts)
+        await self.bus.flush()
+
     async def tokens(self, to: Delivery, *texts: str, index: int = 0, first_id: int = 100) -> None:
         """One chunk per text; token ids follow from the position."""
         for i, text in enumerate(texts, start=index):

@@ -23,7 +23,7 @@ GRANULARITY: Final = 2 * 2**20
 _PROT_RW, _MAP_SHARED_FIXED = 3, 0x11
 
 
-class CUresult(enum.IntEnum):
+class Result(enum.IntEnum):
     CUDA_SUCCESS = 0
     CUDA_ERROR_INVALID_VALUE = 1
     CUDA_ERROR_OUT_OF_MEMORY = 2
@@ -40,7 +40,7 @@ class Mapping:
 class FakeDriver:
     """See the module. ``calls``: (name, arguments) in order; ``fail``: name -> nth call, result."""
 
-    CUresult = CUresult
+    CUresult = Result
     CUmemAllocationType = SimpleNamespace(CU_MEM_ALLOCATION_TYPE_PINNED=1)
     CUmemLocationType = SimpleNamespace(CU_MEM_LOCATION_TYPE_DEVICE=1)
     CUmemAccess_flags = SimpleNamespace(CU_MEM_ACCESS_FLAGS_PROT_READWRITE=3)
@@ -49,7 +49,7 @@ class FakeDriver:
 
     def __init__(self, capacity_bytes: int) -> None:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
-        self.fail: dict[str, tuple[int, CUresult]] = {}
+        self.fail: dict[str, tuple[int, Result]] = {}
         self.capacity_bytes = capacity_bytes
         self.pages: dict[int, int] = {}  # handle -> bytes
         self.ranges: dict[int, int] = {}  # address -> bytes
@@ -67,14 +67,14 @@ class FakeDriver:
 
         def call(*arguments: Any) -> tuple[Any, ...]:
             self.calls.append((name, arguments))
-            at, result = self.fail.get(name, (0, CUresult.CUDA_SUCCESS))
+            at, result = self.fail.get(name, (0, Result.CUDA_SUCCESS))
             if at == sum(called == name for called, _ in self.calls) and at:
                 return (result,) if name in _NO_VALUE else (result, None)
             try:
                 returned = getattr(self, f"_{name}")(*arguments)
             except ValueError:
-                return (CUresult.CUDA_ERROR_INVALID_VALUE, None)
-            return (CUresult.CUDA_SUCCESS, *returned)
+                return (Result.CUDA_ERROR_INVALID_VALUE, None)
+            return (Result.CUDA_SUCCESS, *returned)
 
         return call
 
@@ -234,7 +234,7 @@ class FakeDriver:
         del self.pinned[address]
         return ()
 
-    def _cuGetErrorString(self, result: CUresult) -> tuple[bytes]:  # noqa: N802
+    def _cuGetErrorString(self, result: Result) -> tuple[bytes]:  # noqa: N802
         return (result.name.removeprefix("CUDA_ERROR_").lower().replace("_", " ").encode(),)
 
 

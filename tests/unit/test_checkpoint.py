@@ -78,7 +78,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "corrupt safetensors header",
     ),
     "no offsets": (lambda f: rewrite(f, lambda h: h["a"].pop("data_offsets")), "'a' is corrupt"),
-    "entry no object": (lambda f: rewrite(f, lambda h: h.update(a=None)), "'a' is corrupt"),
+    "entry no object": (lambda f: rewrite(f, lambda h: h.update(a={})), "'a' is corrupt"),
     "dtype": (lambda f: rewrite(f, lambda h: h["a"].update(dtype="F4")), "dtype F4"),
     "shape": (lambda f: rewrite(f, lambda h: h["a"].update(shape=[3, 3])), r"shape \(3, 3\)"),
     "negative": (lambda f: rewrite(f, lambda h: h["a"].update(shape=[-2, -3])), "shape"),

@@ -375,7 +375,7 @@ def test_a_dead_worker_frees_nothing_before_a_status_says_so() -> None:
     assert story.tell(WorkerDied(GPU, story.now, "killed")) == []
     assert story.demand("r1", "b") == []
     assert story.replica("a").state == "resident"
-    assert story.status(on("a", "cold", 60), on("b", "cold", 60), pid=0) == []
+    assert story.status(on("a", "cold", 60), on("b", "cold", 60), pid=0, budget=0) == []
     assert story.status(on("a", "cold", 60), on("b", "cold", 60), pid=11) == [
         Load(GPU, "b", EPOCH, 2, "r1")
     ]

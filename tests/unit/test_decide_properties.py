@@ -4,9 +4,12 @@
 does not fit there fails the test. When the noise stops, every request has to end.
 """
 
+import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -67,6 +70,7 @@ GPUS = {"gpu0": 100, "gpu1": 70}
 SIZES = {"a": 60, "b": 60, "c": 30, "d": 30, "e": 90}
 TOO_LARGE = "huge"
 PATIENCE_S = 60.0
+FATES = ("once", "once", "once", "twice", "never")
 
 KINDS: dict[type[Command], CommandKind] = {
     Register: "register",
@@ -124,7 +128,7 @@ class FakeAgent:
             worker_pid=self.worker_pid,
             device="cpu",
             device_name="fake",
-            budget_bytes=self.budget_bytes,
+            budget_bytes=self.budget_bytes if self.worker_pid else 0,
             used_bytes=self.used_bytes,
             page_bytes=1,
             replicas=replicas,
@@ -199,11 +203,14 @@ class FakeAgent:
         self.report(now)
 
     def lose_worker(self, now: float) -> None:
-        self.worker_pid += 1
+        next_pid = self.worker_pid + 1
+        self.worker_pid = 0
         for replica in self.replicas.values():
             replica.state = "cold"
             replica.running.clear()
         self.events.append(WorkerDied(self.gpu, now, "killed"))
+        self.report(now)
+        self.worker_pid = next_pid
         self.report(now)
 
     def restart(self, now: float, in_order: bool) -> None:
@@ -294,6 +301,45 @@ class Cluster(RuleBasedStateMachine):
             if is_seen:
                 self.tell(RequestWithdrawn(model, request_id, self.now, "client_left"))
 
+    @rule(seed=st.integers(0, 2**32 - 1), count=st.sampled_from([30, 100]))
+    def go_wild(self, seed: int, count: int) -> None:
+        """Many small steps, weighted so that things often get far before they go wrong."""
+        rng = random.Random(seed)
+
+        def gpu() -> str:
+            return rng.choice(sorted(GPUS))
+
+        def model() -> str:
+            return rng.choice(sorted(SIZES))
+
+        common: list[Callable[[], None]] = [
+            *[lambda: self.pass_time(rng.choice([0.01, 0.1, 0.5, 1.1]))] * 3,
+            *[lambda: self.request(model(), rng.random() < 0.7)] * 3,
+            *[lambda: self.take_commands(gpu(), rng.randint(1, 8))] * 4,
+            *[lambda: self.work(gpu(), rng.random() < 0.85)] * 5,
+            *[lambda: self.end(gpu(), model())] * 3,
+            *[lambda: self.deliver_any(gpu(), rng.random(), rng.choice(FATES))] * 3,
+            *[lambda: self.deliver_events(gpu(), rng.randint(1, 5))] * 3,
+            *[lambda: self.deliver_status(gpu(), rng.randint(0, 2), rng.random() < 0.5)] * 6,
+            lambda: self.count_queue(0.0),
+        ]
+        rare: list[Callable[[], None]] = [
+            lambda: self.lose_command(gpu()),
+            lambda: self.lose_lease(gpu()),
+            lambda: self.lose_worker(gpu()),
+            lambda: self.restart(gpu(), rng.random() < 0.5),
+        ]
+        share = rng.choice([0.0, 0.03, 0.1])
+        for _ in range(count):
+            rng.choice(rare if rng.random() < share else common)()
+            self.bytes_fit()
+
+    @rule(count=st.integers(1, 4))
+    def go_well(self, count: int) -> None:
+        """Without this, noise alone seldom gets a model into memory."""
+        for _ in range(count):
+            self.quiet_step()
+
     @rule(gpu=st.sampled_from(sorted(GPUS)), count=st.integers(1, 8))
     def take_commands(self, gpu: str, count: int) -> None:
         agent = self.agents[gpu]
@@ -319,13 +365,13 @@ class Cluster(RuleBasedStateMachine):
 
     @rule(
         gpu=st.sampled_from(sorted(GPUS)),
-        data=st.data(),
-        fate=st.sampled_from(["once", "once", "once", "twice", "never"]),
+        where=st.floats(0.0, 0.999),
+        fate=st.sampled_from(FATES),
     )
-    def deliver_event(self, gpu: str, data: st.DataObject, fate: str) -> None:
+    def deliver_any(self, gpu: str, where: float, fate: str) -> None:
         events = self.agents[gpu].events
         if events:
-            index = data.draw(st.integers(0, len(events) - 1))
+            index = int(where * len(events))
             event = events[index] if fate == "twice" else events.pop(index)
             if fate != "never":
                 self.tell(event)
@@ -434,9 +480,24 @@ def test_invariants_hold_and_everybody_is_served_whatever_happens() -> None:
     run_state_machine_as_test(
         Cluster,
         settings=settings(
-            max_examples=60,
-            stateful_step_count=60,
+            max_examples=30,
+            stateful_step_count=25,
             deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+@pytest.mark.parametrize("seeds", [range(first, first + 20) for first in range(0, 60, 20)], ids=str)
+def test_long_walks(seeds: range) -> None:
+    """Hypothesis prefers short stories; these are long. The seed of a failure names its walk."""
+    for seed in seeds:
+        walk = Cluster()
+        try:
+            walk.start()
+            for part in range(4):
+                walk.go_wild(seed * 4 + part, 100)
+            walk.teardown()
+        except Exception as error:
+            error.add_note(f"in walk {seed}, at {walk.now:.2f}")
+            raise

@@ -66,7 +66,7 @@ def test_copy_in_lands_at_its_offset(pool: CpuPool) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         region.copy_in(2 * PAGE_BYTES - 999, source)
     region.unmap()
-    with pytest.raises(ValueError, match="map it before"):
+    with pytest.raises(ValueError, match="map it first"):
         region.copy_in(0, source)
 
 
@@ -197,7 +197,7 @@ def test_a_kernel_without_mremap_is_refused_at_start(monkeypatch: pytest.MonkeyP
 
 
 def test_budgets_that_can_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DeviceError, match="more than the .* available"):
+    with pytest.raises(DeviceError, match=r"more than the .* available"):
         CpuPool(2**40 // PAGE_BYTES * 64)
     with pytest.raises(ValueError, match="less than one page"):
         device.open_pool("cpu", PAGE_BYTES - 1)

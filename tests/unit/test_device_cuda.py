@@ -12,7 +12,7 @@ from services.gpu_agent.device_cuda import CudaPool
 from services.gpu_agent.hosted import HostedModel
 from services.gpu_agent.pages import DeviceError
 from tests.unit import tiny_models
-from tests.unit.fake_driver import GRANULARITY, CUresult, FakeDriver
+from tests.unit.fake_driver import GRANULARITY, FakeDriver, Result
 
 PAGE = 2 * GRANULARITY
 OpenPool = Callable[..., CudaPool]
@@ -27,6 +27,11 @@ def driver() -> Iterator[FakeDriver]:
 
 @pytest.fixture
 def open_pool(driver: FakeDriver) -> OpenPool:
+    def mapped_tensor_at(address: int, num_bytes: int) -> torch.Tensor:
+        """As torch does, refuse an address that the driver knows no device for."""
+        assert driver.mappings[address].accessible
+        return device_cpu._tensor_at(address, num_bytes)
+
     def make(num_pages: int = 8, page_bytes: int = PAGE) -> CudaPool:
         return CudaPool(
             driver,
@@ -36,7 +41,7 @@ def open_pool(driver: FakeDriver) -> OpenPool:
             device_name="fake",
             torch_device=torch.device("cpu"),
             compute_stream=lambda: 9,
-            tensor_at=device_cpu._tensor_at,
+            tensor_at=mapped_tensor_at,
         )
 
     return make
@@ -122,7 +127,7 @@ def test_a_failure_at_start_is_named_and_leaves_nothing(
     driver: FakeDriver, open_pool: OpenPool, call: str, story: str
 ) -> None:
     nth = 2 if call in {"cuMemCreate", "cuMemMap"} else 1
-    driver.fail[call] = (nth, CUresult.CUDA_ERROR_OUT_OF_MEMORY)
+    driver.fail[call] = (nth, Result.CUDA_ERROR_OUT_OF_MEMORY)
     with pytest.raises(DeviceError, match=story) as caught:
         open_pool()
     assert "CUDA_ERROR_OUT_OF_MEMORY (out of memory)" in str(caught.value)
@@ -133,7 +138,7 @@ def test_a_failed_map_unmaps_what_was_mapped(driver: FakeDriver, open_pool: Open
     pool = open_pool()
     region = pool.reserve(3 * PAGE)
     before = dict(driver.mappings)
-    driver.fail["cuMemMap"] = (driver.count("cuMemMap") + 3, CUresult.CUDA_ERROR_INVALID_VALUE)
+    driver.fail["cuMemMap"] = (driver.count("cuMemMap") + 3, Result.CUDA_ERROR_INVALID_VALUE)
     with pytest.raises(DeviceError, match=rf"cuMemMap \(page 5 at byte {2 * PAGE} of {3 * PAGE}"):
         region.map((3, 4, 5))
     assert driver.mappings == before
@@ -151,12 +156,24 @@ def test_a_failed_copy_gives_all_pages_back(
         ModelSpec("m", str(tiny_models.write(tmp_path / "m", "llama"))), pool
     )
     model.load(lambda _done, _total: None)
-    driver.fail["cuMemcpyHtoDAsync"] = (3, CUresult.CUDA_ERROR_INVALID_CONTEXT)
+    driver.fail["cuMemcpyHtoDAsync"] = (3, Result.CUDA_ERROR_INVALID_CONTEXT)
     with pytest.raises(DeviceError, match=r"cuMemcpyHtoDAsync \(\d+ bytes to byte \d+ of \d+\)"):
         model.swap_in()
     assert (pool.num_free, model.state, model.kv_pages) == (8, "host", ())
     model.swap_in()
     model.close()
+    pool.close()
+
+
+def test_a_region_that_can_not_be_made_leaves_no_range(
+    driver: FakeDriver, open_pool: OpenPool
+) -> None:
+    pool = open_pool()
+    before = dict(driver.ranges)
+    driver.fail["cuMemSetAccess"] = (2, Result.CUDA_ERROR_INVALID_VALUE)
+    with pytest.raises(DeviceError, match=rf"cuMemSetAccess \({PAGE} bytes\)"):
+        pool.reserve(2 * PAGE)
+    assert driver.ranges == before
     pool.close()
 
 

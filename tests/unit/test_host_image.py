@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from schemas.state import ModelSpec
-from services.gpu_agent import skeleton
+from services.gpu_agent import probe, skeleton
 from services.gpu_agent.host_image import ALIGN_BYTES, Group, HostImage, Weight, plan_layout
 
 SMALL = st.tuples(
@@ -65,7 +65,7 @@ def test_a_realistic_model_wastes_less_than_two_percent() -> None:
         vocab_size=32000, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16
     )
     module = skeleton.build(config, spec, torch.bfloat16)
-    examined = skeleton.examine(module, config, spec)
+    examined = probe.examine(module, config, spec)
     layout = plan_layout(examined.weights)
     assert layout.num_bytes <= 1.02 * 2 * examined.num_parameters
     layers = [f"layer.{n}" for n in range(24)]

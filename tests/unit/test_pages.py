@@ -1,5 +1,7 @@
 """The free list, against a model of it; and cutting pages into runs."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -84,5 +86,5 @@ def test_runs_cover_every_page_in_order(pages: list[int]) -> None:
     assert [start for start, _, _ in found] == [
         sum(f[2] for f in found[:i]) for i in range(len(found))
     ]
-    for (_, first, length), (_, following, _) in zip(found, found[1:], strict=False):
+    for (_, first, length), (_, following, _) in pairwise(found):
         assert following != first + length

@@ -14,18 +14,18 @@ from transformers import (
 )
 
 from schemas.state import ModelSpec
-from services.gpu_agent import skeleton
+from services.gpu_agent import probe, skeleton
 from services.gpu_agent.checkpoint import BadCheckpoint
 from services.gpu_agent.host_image import plan_layout
-from services.gpu_agent.skeleton import KVGeometry
+from services.gpu_agent.probe import KVGeometry
 from tests.unit import tiny_models
 
 SPEC = ModelSpec("m", "x")
 BF16 = torch.bfloat16
 
 
-def examined(config: Any) -> skeleton.Examined:
-    return skeleton.examine(skeleton.build(config, SPEC, BF16), config, SPEC)
+def examined(config: Any) -> probe.Examined:
+    return probe.examine(skeleton.build(config, SPEC, BF16), config, SPEC)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_buffers_equal_those_of_an_ordinary_model(config: Any) -> None:
 def test_binding_leaves_nothing_on_the_meta_device_and_no_global_state() -> None:
     config = LlamaConfig(**tiny_models._LLAMA_LIKE)
     module = skeleton.build(config, SPEC, BF16)
-    layout = plan_layout(skeleton.examine(module, config, SPEC).weights)
+    layout = plan_layout(probe.examine(module, config, SPEC).weights)
     memory = torch.zeros(layout.num_bytes, dtype=torch.uint8)
     with pytest.raises(BadCheckpoint, match="where it can not be loaded"):
         skeleton.bind(module, layout, memory)  # its buffers are still meta

@@ -1,0 +1,84 @@
+"""Several runs of one request become one unbroken answer."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemas.stream import Finished, RequestTiming, Tokens
+from services.api.answer import Answer, Diverged
+
+TEXTS = ["Once", " upon", "", " a", " ti", "me", ""]
+IDS = tuple(range(10, 10 + len(TEXTS)))
+
+
+def chunk(start: int, end: int, attempt: int = 1) -> Tokens:
+    """Tokens ``start`` to ``end`` of the one true answer."""
+    return Tokens("r", attempt, start, IDS[start:end], "".join(TEXTS[start:end]))
+
+
+def finished(num_tokens: int, text: str = "") -> Finished:
+    return Finished("r", 1, "stop", 3, num_tokens, RequestTiming(), text)
+
+
+def test_a_second_run_adds_only_what_is_new() -> None:
+    answer = Answer()
+    assert answer.add(chunk(0, 2)) == "Once upon"
+    assert answer.add(chunk(0, 1)) is None
+    assert answer.add(chunk(1, 2)) is None
+    assert answer.add(chunk(2, 4)) == " a"
+    assert answer.token_ids == list(IDS[:4])
+
+
+def test_a_chunk_that_straddles_is_split() -> None:
+    answer = Answer()
+    answer.add(chunk(0, 1))
+    answer.add(chunk(1, 2))
+    assert answer.add(chunk(0, 4)) == " a"
+    assert answer.add(chunk(3, 6)) is None  # begins inside a chunk: wait for the run's end
+    assert answer.add(chunk(4, 6)) == " time"
+
+
+def test_other_tokens_or_other_text_are_noticed() -> None:
+    answer = Answer()
+    answer.add(chunk(0, 3))
+    with pytest.raises(Diverged, match="at token 0"):
+        answer.add(Tokens("r", 2, 0, (99,), "Once"))
+    with pytest.raises(Diverged):
+        answer.add(Tokens("r", 2, 0, IDS[:1], "Twice"))
+
+
+def test_lost_chunks_are_counted_at_the_end() -> None:
+    answer = Answer()
+    answer.add(chunk(0, 2))
+    assert answer.add(chunk(4, 6)) is None
+    assert answer.missing(finished(6)) == 4
+    answer.add(chunk(2, 6, attempt=2))
+    assert answer.missing(finished(6)) == 0
+    assert answer.finish(finished(6, "!")) == "!"
+
+
+def test_older_attempts_are_stale_until_the_queue_is_new() -> None:
+    answer = Answer()
+    assert not answer.is_stale("r", 1)
+    assert not answer.is_stale("r", 2)
+    assert answer.is_stale("r", 1)
+    assert not answer.is_stale("r-r2", 1)
+    answer.queued_again("r")
+    assert not answer.is_stale("r", 1)
+
+
+@given(st.lists(st.lists(st.integers(1, 3), max_size=4), min_size=1, max_size=4))
+def test_any_sequence_of_runs_gives_a_prefix_of_the_answer(runs: list[list[int]]) -> None:
+    """Runs cut into chunks of any size, each run broken off anywhere, then a whole one."""
+    answer = Answer()
+    got: list[str] = []
+    for sizes in [*runs, [1] * len(TEXTS)]:
+        ends = [min(end, len(TEXTS)) for end in itertools.accumulate(sizes)]
+        for start, end in itertools.pairwise([0, *ends]):
+            if text := answer.add(chunk(start, end)):
+                got.append(text)
+            assert "".join(TEXTS).startswith("".join(got))
+    assert "".join(got) == "".join(TEXTS)
+    assert answer.token_ids == list(IDS)

@@ -1,0 +1,97 @@
+"""What the api says about models, from the records of the scheduler and the agents."""
+
+from typing import cast
+
+import pytest
+
+from schemas import names
+from schemas.state import (
+    DeploymentRecord,
+    LeaseRecord,
+    ModelSpec,
+    ReplicaState,
+    ResidencyRecord,
+)
+from services.api.catalog import Catalog
+from services.api.errors import ApiError
+from services.bus import Bus
+
+LEASE = LeaseRecord(holder="x")
+
+
+class Gone(list[tuple[str, str]]):
+    """The deployments reported as unavailable."""
+
+    def __call__(self, model: str, reason: str) -> None:
+        self.append((model, reason))
+
+
+@pytest.fixture
+def gone() -> Gone:
+    return Gone()
+
+
+@pytest.fixture
+def catalog(gone: Gone) -> Catalog:
+    return Catalog(cast(Bus, None), gone)  # never started: the tests put records in
+
+
+def deploy(catalog: Catalog, model: str, *, failed: str = "") -> None:
+    spec = ModelSpec(name=model, source="/m", max_model_len=99)
+    record = DeploymentRecord(spec=spec, status="failed" if failed else "ready", reason=failed)
+    catalog._deployments.values[names.escape(model)] = record
+    catalog._on_deployment(names.escape(model), record)
+
+
+def place(catalog: Catalog, gpu: str, model: str, state: ReplicaState) -> None:
+    record = ResidencyRecord(gpu, model, state, generation=1, changed_at=0.0)
+    catalog._residency.values[names.replica_key(gpu, model)] = record
+
+
+def live(catalog: Catalog, gpu: str) -> None:
+    catalog._leases.values[names.agent_lease_key(gpu)] = LEASE
+
+
+def test_the_nearest_replica_counts(catalog: Catalog) -> None:
+    deploy(catalog, "a/b")
+    assert catalog.model("a/b").hotswap.state == "cold"
+    for gpu, state in (("g0", "host"), ("g1", "resident"), ("g2", "failed")):
+        place(catalog, gpu, "a/b", cast(ReplicaState, state))
+        live(catalog, gpu)
+    info = catalog.model("a/b").hotswap
+    assert info.state == "resident"
+    assert info.gpus == {"g0": "host", "g1": "resident", "g2": "failed"}
+    assert (info.weight_bytes, info.max_model_len) == (None, 99)
+
+
+def test_what_a_dead_agent_wrote_does_not_count(catalog: Catalog) -> None:
+    deploy(catalog, "m")
+    place(catalog, "g0", "m", "resident")
+    assert catalog.model("m").hotswap.state == "cold"
+
+
+def test_require(catalog: Catalog, gone: Gone) -> None:
+    deploy(catalog, "good")
+    deploy(catalog, "bad", failed="too large")
+    catalog.require("good")
+    with pytest.raises(ApiError, match="too large") as caught:
+        catalog.require("bad")
+    assert caught.value.status == 503
+    for unknown in ("", "x" * 10_000):
+        with pytest.raises(ApiError, match="Models here: bad, good") as caught:
+            catalog.require(unknown)
+        assert caught.value.status == 404
+        assert len(str(caught.value)) < 400
+    assert gone == [("bad", "too large")]
+
+
+def test_a_removed_deployment_is_reported(catalog: Catalog, gone: Gone) -> None:
+    catalog._on_deployment(names.escape("a/b"), None)
+    assert gone == [("a/b", "its deployment was removed")]
+
+
+def test_missing(catalog: Catalog) -> None:
+    assert catalog.missing() == ["no scheduler leads", "no GPU agent is alive"]
+    catalog._leases.values[names.LEADER_KEY] = LEASE
+    live(catalog, "g0")
+    assert catalog.missing() == []

@@ -1,0 +1,40 @@
+"""The OpenAPI document says what the routes do, and its page needs nothing from elsewhere."""
+
+import json
+import re
+from importlib import resources
+
+from litestar.handlers import HTTPRouteHandler
+
+from services.api import app, openapi
+
+
+def test_every_route_is_described_and_every_description_has_a_route() -> None:
+    routes = {
+        (re.sub(r":\w+}", "}", path), method.lower())
+        for handler in vars(app).values()
+        if isinstance(handler, HTTPRouteHandler)
+        for path in handler.paths
+        for method in handler.http_methods
+        if not path.startswith("/schema")
+    }
+    described = {
+        (path, method) for path, methods in openapi.build()["paths"].items() for method in methods
+    }
+    assert described == routes
+
+
+def test_references_lead_somewhere() -> None:
+    document = json.loads(openapi.document())
+    names = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
+    assert names <= set(document["components"]["schemas"])
+    chat = document["components"]["schemas"]["ChatCompletionRequest"]
+    assert set(chat["required"]) == {"model", "messages"}
+    assert chat["properties"]["n"]["enum"] == [1, None]
+
+
+def test_the_page_works_offline() -> None:
+    page = resources.files("services.api").joinpath("static/schema.html").read_text()
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "/schema/openapi.json" in page

@@ -1,0 +1,206 @@
+"""HTTP bodies into requests: what is taken, what is refused, and in which words."""
+
+import json
+from typing import Any
+
+import pytest
+
+from schemas.requests import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
+from services.api import fields
+from services.api.errors import ApiError
+from services.api.parsing import Parsed, parse_chat, parse_completion
+
+HI = [{"role": "user", "content": "hi"}]
+
+
+def chat(**more: Any) -> Parsed:
+    return parse_chat(json.dumps({"model": "m", "messages": HI} | more).encode())
+
+
+def completion(**more: Any) -> Parsed:
+    return parse_completion(json.dumps({"model": "m", "prompt": "hi"} | more).encode())
+
+
+def refusal(parse: Any, **more: Any) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        parse(**more)
+    assert caught.value.status == 400
+    return caught.value
+
+
+def test_defaults() -> None:
+    parsed = chat()
+    assert parsed.prompt == ChatPrompt((ChatMessage("user", "hi"),))
+    assert (parsed.stream, parsed.include_usage, parsed.ignored) == (False, False, [])
+    sampling = parsed.sampling
+    assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (None, 1.0, 1.0)
+    assert (sampling.top_k, sampling.stop, sampling.ignore_eos) == (0, (), False)
+    assert completion().sampling.max_tokens == 16
+
+
+def test_a_seed_is_chosen_where_none_is_given() -> None:
+    assert chat().sampling.seed != chat().sampling.seed
+    assert chat(seed=7).sampling.seed == 7
+    assert chat(seed=-1).sampling.seed >= 0
+
+
+def test_null_means_default() -> None:
+    names = ("max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options")
+    parsed = chat(**dict.fromkeys(names), n=None, tools=None, logprobs=None)
+    assert parsed.sampling.temperature == 1.0
+
+
+def test_everything_that_is_implemented() -> None:
+    parsed = chat(
+        max_tokens=9,
+        max_completion_tokens=5,
+        min_tokens=2,
+        temperature=0,
+        top_p=0.5,
+        top_k=-1,
+        stop=["a", "b"],
+        ignore_eos=True,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    sampling = parsed.sampling
+    assert (sampling.max_tokens, sampling.min_tokens, sampling.temperature) == (5, 2, 0.0)
+    assert (sampling.top_p, sampling.top_k, sampling.stop) == (0.5, 0, ("a", "b"))
+    assert (sampling.ignore_eos, parsed.stream, parsed.include_usage) == (True, True, True)
+
+
+def test_messages() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    parsed = chat(
+        messages=[
+            {"role": "developer", "content": "x"},
+            {"role": "user", "content": parts, "name": "Ann"},
+            {"role": "tool", "content": "y", "tool_call_id": "1"},
+        ]
+    )
+    assert parsed.prompt == ChatPrompt(
+        (ChatMessage("system", "x"), ChatMessage("user", "a\nb", "Ann"), ChatMessage("tool", "y"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ("x", TextPrompt("x")),
+        (["x"], TextPrompt("x")),
+        ([1, 2], TokenPrompt((1, 2))),
+        ([7], TokenPrompt((7,))),
+        ([[1, 2]], TokenPrompt((1, 2))),
+    ],
+)
+def test_prompts(prompt: Any, wanted: Any) -> None:
+    assert completion(prompt=prompt).prompt == wanted
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "not valid JSON"),
+        (b'{"model": ', "not valid JSON"),
+        (b'"\xff"', "not valid JSON"),
+        (b"[1]", "must be a JSON object"),
+        (b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_not_a_json_object(body: bytes, words: str) -> None:
+    with pytest.raises(ApiError, match=words) as caught:
+        parse_chat(body)
+    assert caught.value.info.code == "invalid_json"
+
+
+@pytest.mark.parametrize(
+    ("more", "param", "words"),
+    [
+        ({"model": 3}, "model", "model = 3: Expected `str`"),
+        ({"temperature": "hot"}, "temperature", "temperature = 'hot': Expected `float"),
+        ({"stream": "yes"}, "stream", "stream = 'yes'"),
+        ({"messages": "hi"}, "messages", "messages = 'hi'"),
+        ({"messages": []}, "messages", "at least one message"),
+        ({"messages": [{"role": "me", "content": ""}]}, "messages[0].role", "'me'"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role", "required and missing"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
+        ({"temperature": 2.5}, "temperature", "temperature = 2.5 must be between 0 and 2"),
+        ({"top_p": 1.5}, "top_p", "top_p = 1.5 must be between 0 and 1"),
+        ({"top_p": 0}, "top_p", "top_p = 0"),
+        ({"top_k": -2}, "top_k", "top_k = -2 must be between"),
+        ({"max_tokens": 0}, "max_tokens", "max_tokens = 0 must be between 1"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens", "max_completion_tokens = -1"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "greater than max_tokens = 4"),
+        ({"seed": 2**70}, "seed", "seed = 1180591620717411303424 must be between"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4"),
+        ({"stop": ""}, "stop", "must not be empty"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "where stream is true"),
+    ],
+)
+def test_wrong_types_and_values(more: dict[str, Any], param: str, words: str) -> None:
+    error = refusal(chat, **more)
+    assert error.info.param == param
+    assert words in error.info.message
+
+
+@pytest.mark.parametrize("prompt", [[], ["a", "b"], [[1], [2]], [1, "a"], [[]], [-1]])
+def test_prompts_that_are_refused(prompt: Any) -> None:
+    assert refusal(completion, prompt=prompt).info.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("parse", "field", "value"),
+    [
+        (chat, "n", 2),
+        (chat, "tools", [{"type": "function"}]),
+        (chat, "response_format", {"type": "json_object"}),
+        (chat, "logprobs", True),
+        (chat, "logit_bias", {"1": 2}),
+        (chat, "presence_penalty", 0.5),
+        (chat, "store", True),
+        (completion, "logprobs", 0),
+        (completion, "best_of", 2),
+        (completion, "echo", True),
+        (completion, "suffix", "x"),
+        (completion, "frequency_penalty", -1),
+    ],
+)
+def test_what_is_known_but_not_implemented_is_named(parse: Any, field: str, value: Any) -> None:
+    error = refusal(parse, **{field: value})
+    assert (error.info.param, error.info.code) == (field, "unsupported_parameter")
+    assert error.info.message.startswith(f"{field} = ")
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completion"])
+def test_neutral_values_are_fine(endpoint: fields.Endpoint) -> None:
+    parse = chat if endpoint == "chat" else completion
+    for name, neutral in fields.unsupported(endpoint).items():
+        for value in (*neutral, None):
+            assert parse(**{name: value}).ignored == [], name
+    assert parse(user="u", metadata={"a": "b"}, store=False, n=1).ignored == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "image_url", "image_url": {"url": "x"}}],
+        [{"type": "text"}],
+    ],
+)
+def test_parts_that_are_refused(content: Any) -> None:
+    error = refusal(chat, messages=[{"role": "user", "content": content}])
+    assert (error.info.param or "").startswith("messages[0].content[0]")
+
+
+def test_tool_calls_are_refused() -> None:
+    message = {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}
+    assert refusal(chat, messages=[message]).info.param == "messages[0].tool_calls"
+
+
+def test_unknown_fields_are_named_in_a_safe_header() -> None:
+    parsed = chat(**{"made_up": 1, "a\r\nset-cookie: x": 2, "ü": 3})
+    assert parsed.ignored == ["made_up", "a\r\nset-cookie: x", "ü"]
+    header = fields.ignored_header(parsed.ignored)[fields.IGNORED_HEADER]
+    assert header == "made_up, a%0D%0Aset-cookie:%20x, %C3%BC"
+    assert fields.ignored_header([]) == {}
+    assert fields.ignored_header(["x"] * 50)[fields.IGNORED_HEADER].count("x") == 20
