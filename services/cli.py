@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 import click
 
-from services import nats_server, settings, stack, telemetry
+from services import settings, telemetry
 from services.bus import BusError, BusOptions
+from services.ops import nats_server, stack
+from services.ops.supervisor import Supervisor, stop_on_signals
 from services.settings import GpuSettings, Settings, SettingsError
-from services.supervisor import Supervisor, stop_on_signals
 
 log = logging.getLogger("hotswap")
 
@@ -113,7 +114,7 @@ def demo(folder: Path, json_file: Path | None) -> None:
     token when the model comes from disk, when another model held the memory, and when it
     was there already.
     """
-    from services import demo as main_job
+    from services.demo import main as main_job
 
     asyncio.run(main_job.run(folder.absolute(), json_file))
 
@@ -124,7 +125,7 @@ def demo(folder: Path, json_file: Path | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def status(config_file: Path, nats_url: str | None, creds: Path | None, as_json: bool) -> None:
     """Show every GPU and where each model is."""
-    from services import status as status_view
+    from services.ops import status as status_view
 
     config = _load(config_file)
     asyncio.run(status_view.run(_bus_options(config, nats_url, creds, "admin"), as_json))
@@ -139,7 +140,7 @@ def trace(config_file: Path, trace_id: str | None, last: int) -> None:
 
     The id is in every answer's x-trace-id header.
     """
-    from services import trace_view
+    from services.ops import trace_view
 
     config = _load(config_file)
     trace_view.show(config.state_path / "spans", trace_id, last)
@@ -214,7 +215,7 @@ def nats_config(out: Path, listen: str, host: str, port: int, http_port: int, st
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True)
 def demo_models(out: Path) -> None:
     """Make the three small demo models (Llama, Mistral, Falcon) into a folder."""
-    from services.demo_models import make_demo_models
+    from services.demo.models import make_demo_models
 
     def on_progress(what: str, done: int, total: int) -> None:
         click.echo(f"[{done}/{total}] {what}")

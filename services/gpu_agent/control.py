@@ -67,7 +67,7 @@ class AgentControl:
         self.replicas: dict[str, Replica] = {}
         self._settings = gpu
         self._bus = bus
-        self._link = WorkerLink(gpu, self._on_worker, self._on_worker_death)
+        self._link = self._new_link()
         self._link_started_at = 0.0
         self._epoch = 0
         self._used_bytes = 0
@@ -132,6 +132,10 @@ class AgentControl:
             return
         if replica is None:
             await self._reject(command, f"model {command.model!r} is not registered here")
+            return
+        if command.generation < replica.generation:
+            words = f"generation {command.generation} is older than {replica.generation}"
+            await self._reject(command, words)
             return
         self._contexts[command.model] = message.context
         replica.generation = command.generation
@@ -246,23 +250,29 @@ class AgentControl:
 
     # -- the worker ----------------------------------------------------------------------
 
+    def _new_link(self) -> WorkerLink:
+        """A link to a worker yet to be started, which will know our models first of all."""
+        link = WorkerLink(self._settings, self._on_worker, self._on_worker_death)
+        for replica in self.replicas.values():
+            link.send(ipc.Register(replica.spec))
+        return link
+
     async def _start_worker(self) -> None:
         self._link_started_at = time.monotonic()
-        self._link = WorkerLink(self._settings, self._on_worker, self._on_worker_death)
         await self._link.start()
-        for replica in self.replicas.values():
-            self._send(ipc.Register(replica.spec))
 
     async def _on_worker_death(self, reason: str) -> None:
         log.error("%s; starting a new one", reason)
         self.ready = None
         self._used_bytes = 0
+        self._link = self._new_link()
         for replica in self.replicas.values():
             if replica.puller:
                 replica.puller.stop()
                 replica.puller = None
             if replica.state != "failed":
                 replica.move("cold", reason)
+                self.reporter.residency(replica.residency(self.gpu))
         await self.serving.worker_died(reason)
         await self.reporter.event(WorkerDied(self.gpu, time.time(), reason))
         await self.publish_status()

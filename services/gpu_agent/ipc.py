@@ -5,7 +5,7 @@ the bus. They talk over one Unix stream socket: a 4-byte big-endian length, then
 
     control -> worker   Register  Load  SwapIn  SwapOut  Submit  Cancel  Shutdown
     worker -> control   Ready  Registered  LoadProgress  Loaded  SwappedIn  SwappedOut  OpFailed
-                        Begun  Produced  Done  Broke                (per request; Done or Broke ends it)
+                        Begun  Produced  Done  Broke     (of a request; Done or Broke ends it)
 
 The worker answers every Register, Load, SwapIn and SwapOut exactly once, and every Submit
 with exactly one Done or Broke.

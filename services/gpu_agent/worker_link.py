@@ -1,7 +1,7 @@
 """The control process's end of the engine worker: spawn it, talk to it, notice its death.
 
-The socket exists before the worker has started, so messages sent early simply wait in it:
-no caller has to know whether the worker is up yet.
+Messages sent before the worker has started wait here, then in the socket: no caller has to
+know whether the worker is up yet.
 """
 
 import asyncio
@@ -39,6 +39,7 @@ class WorkerLink:
         self._writer: asyncio.StreamWriter | None = None
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
+        self._early: list[bytes] = []  # sent before start
 
     async def start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -53,6 +54,8 @@ class WorkerLink:
             theirs.close()
         self.pid = self._process.pid
         reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._writer.writelines(self._early)
+        self._early.clear()
         self._task = asyncio.create_task(self._read(reader))
 
     def _command(self, descriptor: int) -> list[str]:
@@ -68,7 +71,9 @@ class WorkerLink:
 
     def send(self, message: ipc.ToWorker) -> None:
         """Queue ``message``. After the worker's death it goes nowhere: `on_death` says so."""
-        if self._writer and not self._writer.is_closing():
+        if self._writer is None:
+            self._early.append(ipc.frame(message))
+        elif not self._writer.is_closing():
             self._writer.write(ipc.frame(message))
 
     async def stop(self) -> None:

@@ -11,7 +11,7 @@ import openai
 
 from services.api import service
 from services.bus import Bus, WorkQueue, declare
-from services.nats_server import free_port
+from services.ops.nats_server import free_port
 from services.settings import ApiSettings, Settings
 from tests.integration.nats_process import NatsServer
 from tests.integration.scripted_agent import ScriptedAgent, ScriptedScheduler, Withdrawals

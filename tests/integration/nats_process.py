@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from services.bus import BusOptions
-from services.nats_server import NatsPlan, free_port, write_config
+from services.ops.nats_server import NatsPlan, free_port, write_config
 
 START_S = 10.0
 

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, Mistra
 from schemas.state import AgentStatus
 from services import settings
 from services.bus import BusOptions
-from services.nats_server import free_port
+from services.ops.nats_server import free_port
+from services.ops.status import take
 from services.settings import Settings
-from services.status import take
 from tests.unit.engine_kit import save_tokenizer
 
 MIB = 2**20

@@ -23,7 +23,7 @@ from services.bus import Bus
 from services.gpu_agent.device import open_pool
 from services.gpu_agent.engine.native import NativeEngine
 from services.gpu_agent.ipc import Done, Loaded, OpFailed, Produced, SwappedIn
-from services.trace_view import Span, read_spans, trees
+from services.ops.trace_view import Span, read_spans, trees
 from tests.integration.system_kit import CONTEXT, MIB, MODELS, System, config_of, write_models
 
 BUDGET = 56 * MIB

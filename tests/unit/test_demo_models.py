@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from services import demo_models
-from services.demo_models import VOCAB_SIZE, demo_configs, make_demo_models, prompt_of
+from services.demo import models as demo_models
+from services.demo.models import VOCAB_SIZE, demo_configs, make_demo_models, prompt_of
 
 MB = 1e6
 

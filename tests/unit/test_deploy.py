@@ -17,7 +17,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from services import nats_server, settings
+from services import settings
+from services.ops import nats_server
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from services.demo_text import ENGLISH
+from services.demo.text import ENGLISH
 
 FORMAT_VERSION: Final = 1  # raise it when anything below changes what is written
 MARKER: Final = "hotswap-demo.json"
@@ -211,7 +211,7 @@ def _quiet_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 def train_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of exactly ``VOCAB_SIZE`` tokens, the same on every run.
 
-    Trained on the English of `services.demo_text` and on pseudo-words with a Zipf
+    Trained on the English of `services.demo.text` and on pseudo-words with a Zipf
     distribution: enough different words for that many merges.
     """
     bpe = Tokenizer(models.BPE())

@@ -19,7 +19,7 @@ from schemas.events import (
 )
 from schemas.state import AgentStatus
 from services.bus import Bus, Message
-from services.stack import Endpoints, StackError
+from services.ops.stack import Endpoints, StackError
 
 _PATIENCE_S = 120.0
 

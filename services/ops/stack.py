@@ -9,10 +9,10 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from services import nats_server
 from services.bus import BusOptions
+from services.ops import nats_server
+from services.ops.supervisor import Child, Supervisor
 from services.settings import GpuSettings, Settings, SettingsError
-from services.supervisor import Child, Supervisor
 
 log = logging.getLogger(__name__)
 

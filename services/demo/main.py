@@ -24,13 +24,14 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from services import memcpy, settings, stack
+from services import memcpy, settings
 from services.bus import BusError
-from services.demo_client import DemoClient, Measurement
-from services.demo_models import make_demo_models, prompt_of
+from services.demo.client import DemoClient, Measurement
+from services.demo.models import make_demo_models, prompt_of
+from services.ops import stack
+from services.ops.stack import StackError
+from services.ops.supervisor import Supervisor, stop_on_signals
 from services.settings import GpuSettings, ModelSettings, Settings
-from services.stack import StackError
-from services.supervisor import Supervisor, stop_on_signals
 
 PROMPT_TOKENS = (128, 2048)
 MAX_TOKENS = 16
@@ -141,7 +142,7 @@ def _config(folder: Path, models: list[Path], budget_bytes: int) -> Settings:
 
 
 def _free_port(preferred: int) -> int:
-    from services.nats_server import free_port
+    from services.ops.nats_server import free_port
 
     return free_port(preferred)
 
