@@ -107,6 +107,47 @@ def test_requests_wait_for_blocks_first_come_first_served(llama: Any) -> None:
     assert order == ["0", "1", "2", "3"]
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "falcon_alibi"])
+def test_rows_that_outgrow_the_reserve_take_turns_and_lose_no_token(
+    tmp_path: Path, family: str
+) -> None:
+    """Four requests that may each fill the whole reserve: admitted together, parked, resumed."""
+    module = tiny_module(tmp_path, family)
+    batch = make_batch(module, kv_tokens=96, page_tokens=8)
+    texts = prompts((10, 17, 5, 12))
+    answers = run(batch, *(request(str(n), ids, max_tokens=60) for n, ids in enumerate(texts)))
+    assert batch.num_parked > 0
+    for n, ids in enumerate(texts):
+        answer = answers[str(n)]
+        assert answer.begun == 1
+        assert answer.tokens == expected_greedy(module, ids, 60), f"request {n}"
+
+
+def test_a_parked_row_goes_on_sampling_where_it_was(llama: Any) -> None:
+    texts = prompts((10, 17, 5, 12))
+    requests = [
+        request(str(n), ids, seed=n, temperature=0.9, top_p=0.9, max_tokens=50)
+        for n, ids in enumerate(texts)
+    ]
+    small = make_batch(llama, kv_tokens=96, page_tokens=8)
+    together = run(small, *requests)
+    assert small.num_parked > 0
+    for each in requests:
+        alone = run(make_batch(llama), each)
+        assert together[each.request_id].tokens == alone[each.request_id].tokens
+
+
+def test_requests_without_max_tokens_are_decoded_together(llama: Any) -> None:
+    batch = make_batch(llama, kv_tokens=256, max_model_len=256)
+    answers = Answers()
+    for n in range(4):
+        answers.take(batch.submit(request(str(n), [n + 1] * 10, max_tokens=None)))
+    for _ in range(8):
+        answers.take(batch.step())
+    assert [len(answers[str(n)].tokens) > 0 for n in range(4)] == [True] * 4
+    assert batch.num_parked == 0
+
+
 def test_max_batch_is_kept(llama: Any) -> None:
     batch = make_batch(llama, max_batch=2)
     answers = Answers()

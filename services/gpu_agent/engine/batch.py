@@ -1,6 +1,7 @@
 """The running batch of one resident model: continuous batching, one forward pass per step.
 
     submit ──> waiting ──(blocks, a place)──> prefill ──> decoding ──> Done
+                  │ ^────────── parked: out of blocks ────────┘
                   `──────────── cancel, deadline, failure ──────────> Done | Broke
 
 A step is: schedule, forward, sample, emit. It does one of two things:
@@ -9,6 +10,8 @@ A step is: schedule, forward, sample, emit. It does one of two things:
 2. else one token for every row that decodes.
 
 So a long prompt and running streams take turns, and neither waits for the other's whole.
+Blocks are taken as a row grows. When they run out, the row admitted last is parked; the
+first one can always go on, so all of them end.
 Requests join at the end of a step and leave at any; rows never depend on each other.
 """
 
@@ -23,7 +26,7 @@ import torch
 
 from schemas.requests import GenerateRequest
 from schemas.stream import ErrorCode
-from services.gpu_agent.engine.kv import KVStore
+from services.gpu_agent.engine.kv import KVStore, OutOfBlocks
 from services.gpu_agent.engine.prompts import InvalidPrompt, ModelText
 from services.gpu_agent.engine.row import Row
 from services.gpu_agent.engine.sampling import BadLogits, sample
@@ -64,6 +67,7 @@ class Batch:
         self._waiting: deque[Row] = deque()
         self._running: dict[str, Row] = {}  # in order of admission
         self._last_was_prefill = False
+        self.num_parked = 0  # how often a row had to give way, over the batch's life
         self._accepted = frozenset(inspect.signature(module.forward).parameters)
 
     @property
@@ -161,23 +165,39 @@ class Batch:
         ]
 
     def _admit(self) -> list[FromWorker]:
-        """First come, first served.
-
-        A row gets all the blocks it can ever need at once, so that a running request never
-        runs out of memory half-way.
-        """
+        """First come, first served, where there are blocks for all its tokens and one more."""
         out: list[FromWorker] = []
         while self._waiting and len(self._running) < self._max_batch:
             row = self._waiting[0]
-            most = row.num_prompt + row.max_new
-            if not self._kv.can_take(most):
+            if not self._kv.can_take(len(row.ids) + 1):
                 break
             self._waiting.popleft()
-            row.blocks = self._kv.take(most)
-            row.begun_at = time.perf_counter()
+            row.blocks = self._kv.take(len(row.ids) + 1)
+            row.prefill_end = len(row.ids)
             self._running[row.request_id] = row
-            out.append(Begun(row.request_id, row.num_prompt, self._wall_clock()))
+            if not row.begun_at:
+                row.begun_at = time.perf_counter()
+                out.append(Begun(row.request_id, row.num_prompt, self._wall_clock()))
         return out
+
+    def _grow(self, rows: list[Row]) -> list[Row]:
+        """Those of ``rows`` that have room for their next token, after parking others for it."""
+        for row in rows:
+            while row.blocks is not None and row.blocks.num_tokens < len(row.ids):
+                try:
+                    row.blocks = self._kv.extend(row.blocks, len(row.ids))
+                except OutOfBlocks:
+                    self._park(next(reversed(self._running.values())))  # perhaps row itself
+        return [row for row in rows if row.blocks is not None]
+
+    def _park(self, row: Row) -> None:
+        """Give its blocks to those before it; it is first in line to come back."""
+        assert row.blocks is not None
+        del self._running[row.request_id]
+        self._kv.give(row.blocks)
+        row.blocks, row.num_cached = None, 0
+        self._waiting.appendleft(row)
+        self.num_parked += 1
 
     def _schedule(self) -> list[Row]:
         """The rows of this step's forward pass: one in prefill, or all that decode."""
@@ -186,7 +206,7 @@ class Batch:
         self._last_was_prefill = filling is not None and not (decoding and self._last_was_prefill)
         if self._last_was_prefill and filling is not None:
             return [filling]
-        return decoding
+        return self._grow(decoding)
 
     def _forward(self, rows: Sequence[Row]) -> torch.Tensor:
         """Compute each row's next tokens: logits (rows, vocabulary) at the last of them."""

@@ -136,7 +136,16 @@ class KVStore:
                 f"{num_tokens} tokens of KV cache wanted, {self.num_free_tokens} free "
                 f"of {self.num_tokens}"
             )
-        ids = tuple(self._free.pop() for _ in range(count))
+        return self._blocks(tuple(self._free.pop() for _ in range(count)))
+
+    def extend(self, blocks: Blocks, num_tokens: int) -> Blocks:
+        """``blocks`` and as many more as ``num_tokens`` tokens need. OutOfBlocks takes nothing."""
+        short = num_tokens - blocks.num_tokens
+        if short <= 0:
+            return blocks
+        return self._blocks(blocks.ids + self.take(short).ids)
+
+    def _blocks(self, ids: tuple[int, ...]) -> Blocks:
         first = torch.tensor(ids, dtype=torch.int64) * self.block_tokens
         slots = (first[:, None] + torch.arange(self.block_tokens)).flatten()
         return Blocks(ids, slots)

@@ -17,9 +17,11 @@ class Row:
     """A request, waiting or running.
 
         ids    p p p p p p p p o o o        p: prompt, o: chosen so far
-               `-------- num_cached -----'  KV of these is in the pages
+               `---- num_cached ---'        KV of these is in the pages
 
-    It is in prefill until all of the prompt is cached; from then on each step adds one.
+    It is in prefill until all tokens that it had when it was admitted are cached; from then
+    on each step adds one. Parked, it gives its blocks back and waits again: the next
+    admission computes prompt and chosen tokens anew, and the sampler goes on where it was.
     Times are `time.perf_counter` seconds.
     """
 
@@ -32,6 +34,7 @@ class Row:
     eos_ids: frozenset[int]
     blocks: Blocks | None = None  # None while it waits
     num_cached: int = 0
+    prefill_end: int = 0  # tokens it had when it was admitted
     begun_at: float = 0.0
     first_token_at: float = 0.0
     ended: bool = False
@@ -60,7 +63,7 @@ class Row:
 
     @property
     def in_prefill(self) -> bool:
-        return self.num_cached < self.num_prompt
+        return self.num_cached < self.prefill_end
 
     def span(self, most: int) -> Span:
         """What to compute next, ``most`` tokens at the most."""
