@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PYTHON
 
-# Passed to pip for torch only, e.g. '--index-url URL' for builds without CUDA.
+# Passed to pip for torch only: say, the options that name an index of builds without CUDA.
 TORCH_PIP_ARGS ?=
 # Passed on by `make demo`, `make pytest` and `make bench`, e.g. ARGS=--quick.
 ARGS ?=
