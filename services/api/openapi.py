@@ -5,6 +5,7 @@ Only which path takes and gives what is stated here; field schemas come from msg
 
 import functools
 import inspect
+from importlib.metadata import version
 from typing import Any, TypeAlias
 
 import msgspec
@@ -44,7 +45,7 @@ def build() -> Json:
         "openapi": "3.1.0",
         "info": {
             "title": "hotswap",
-            "version": "1.0.0",
+            "version": version("hotswap"),
             "description": "Many models, few GPUs, one OpenAI API.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
