@@ -10,10 +10,11 @@ as ``Message.context``. This is the only file that imports nats.
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -67,12 +68,16 @@ class BusOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Message(Generic[T]):
-    """One received message, decoded. ``context``: the sender's trace context."""
+    """One received message, decoded."""
 
     subject: str
     body: T
     headers: Mapping[str, str]
-    context: Context = field(repr=False)
+
+    @property
+    def context(self) -> Context:
+        """The sender's trace context. Read only when asked for: it costs more than the body."""
+        return propagate.extract(self.headers)
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,8 @@ class Bus:
 
         async def on_error(error: Exception) -> None:
             # Permission denials arrive here, asynchronously: make them loud.
-            if not isinstance(error, ConnectionError | OSError | TimeoutError):
+            # That a connection broke is told by `_disconnected`.
+            if not isinstance(error, OSError | TimeoutError | nats.errors.UnexpectedEOF):
                 log.error("nats (%s): %s", service, error)
                 if "uthorization" in str(error) and not refused.done():
                     refused.set_result(str(error))
@@ -164,7 +170,8 @@ class Bus:
                 await asyncio.wait_for(self._client.flush(), 2)
             except (TimeoutError, nats.errors.Error):
                 log.warning("closing the bus with unsent messages: the server does not answer")
-            await self._client.close()
+            with contextlib.suppress(OSError):  # the connection broke while it was being closed
+                await self._client.close()
 
     @property
     def is_connected(self) -> bool:
@@ -203,7 +210,7 @@ class Bus:
         self, subject: str, data: bytes, *, reply: str = "", headers: dict[str, str] | None = None
     ) -> None:
         try:
-            await self._client.publish(subject, data, reply=reply, headers=headers)
+            await self._client.publish(subject, data, reply=reply, headers=headers or None)
         except nats.errors.Error as error:
             raise BusError(f"publish to {subject}: {error}") from error
 
@@ -227,8 +234,7 @@ class Bus:
             except msgspec.DecodeError as error:
                 log.error("dropped a message on %s: %s", raw.subject, error)
                 return
-            context = propagate.extract(raw.headers)
-            await handler(Message(raw.subject, body, raw.headers, context))
+            await handler(Message(raw.subject, body, raw.headers))
 
         return await self.subscribe_raw(subject, on_raw)
 
@@ -251,6 +257,10 @@ class Bus:
         async def unsubscribe() -> None:
             try:
                 if self._client.is_connected:
+                    # The client's own drain does not wait until the server has taken note (see
+                    # `flush`), and drops what arrives later.
+                    await self._client._send_unsubscribe(subscription._id)
+                    await self.flush()
                     await subscription.drain()  # type: ignore[no-untyped-call]
                 elif not self._client.is_closed:
                     await subscription.unsubscribe()
@@ -261,6 +271,9 @@ class Bus:
 
     async def flush(self) -> None:
         """Wait until the server has seen everything sent so far (subscriptions too)."""
+        # The client writes its PING ahead of what still waits to be sent: the first answer says
+        # that all of it is on its way, the second that it has arrived.
+        await self._client.flush()
         await self._client.flush()
 
     # -- JetStream -----------------------------------------------------------------------
@@ -284,6 +297,10 @@ class Bus:
             msg = await self._client.request(subject, data, timeout=timeout_s, headers=headers)
         except nats.errors.NoRespondersError as error:
             raise JetStreamError(subject, 0, "no such stream, or JetStream is off") from error
+        except nats.errors.MaxPayloadError as error:
+            raise BusError(
+                f"{subject}: {len(data)} bytes are more than the {self.max_payload} of a message"
+            ) from error
         except (nats.errors.Error, TimeoutError) as error:
             raise BusUnavailable(f"{subject}: the NATS server did not answer: {error}") from error
         answer: dict[str, Any] = msgspec.json.decode(msg.data)
@@ -305,11 +322,15 @@ class Bus:
         self._rearming = asyncio.create_task(self._rearm())
 
     async def _rearm(self) -> None:
-        for hook in list(self._hooks.values()):
-            while True:
+        for key, hook in list(self._hooks.items()):
+            while key in self._hooks:  # it may be undone while we are at it
                 try:
                     await hook()
                     break
-                except (BusError, TimeoutError) as error:  # the server may still be coming up
+                except (BusError, nats.errors.Error, TimeoutError) as error:
+                    # The server may still be coming up.
                     log.warning("re-arming after a reconnect: %s; trying again", error)
                     await asyncio.sleep(0.25)
+                except Exception:  # a fault of ours: loud, and no reason to leave out the others
+                    log.exception("re-arming after a reconnect failed")
+                    break

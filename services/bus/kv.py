@@ -114,9 +114,11 @@ class Bucket(Generic[T]):
             async def on_raw(raw: RawMessage) -> None:
                 if "Status" in raw.headers:
                     return
-                await self._deliver(raw, on_entry)
-                if raw.reply.rsplit(".", 1)[-1] == "0":  # ack subject ends in num_pending
-                    caught_up.set()
+                try:
+                    await self._deliver(raw, on_entry)
+                finally:
+                    if raw.reply.rsplit(".", 1)[-1] == "0":  # ack subject ends in num_pending
+                        caught_up.set()
 
             inbox = self._bus.new_inbox(f"watch.{self.name}")
             unsubscribe = await self._bus.subscribe_raw(inbox, on_raw)
@@ -194,6 +196,7 @@ class Writer(Generic[T]):
                     await self._bucket.put(key, value)
                 except BusError as error:
                     log.warning("%s in %s not written yet: %s", key, self._bucket.name, error)
+                    self._pending[key] = self._pending.pop(key)  # the others first
                     await asyncio.sleep(0.5)
                     continue
                 if self._pending.get(key) is value:

@@ -148,6 +148,7 @@ class Puller:
         self._unsubscribe: Hook | None = None
         self._undo_hook: Callable[[], None] | None = None
         self._retry: asyncio.Task[None] | None = None
+        self._arming = asyncio.Lock()
         self._closing: set[asyncio.Future[None]] = set()  # subscriptions on their way out
 
     async def start(self) -> None:
@@ -190,20 +191,25 @@ class Puller:
 
     async def _rearm(self) -> None:
         """Begin afresh on an inbox of its own: pulls of an earlier one find no listener."""
-        self._leave_inbox()
-        self._num_asked = 0
-        self._inbox = inbox = self._bus.new_inbox(f"pull.{names.escape(self.model)}")
+        async with self._arming:  # a reconnect and a pull that ended may both want it
+            self._leave_inbox()
+            self._num_asked = 0
+            self._inbox = inbox = self._bus.new_inbox(f"pull.{names.escape(self.model)}")
 
-        async def on_raw(raw: RawMessage) -> None:
-            if raw.headers.get("Status"):
-                await self._on_status(inbox, raw)
-            else:
-                self._num_asked = max(0, self._num_asked - 1)
+            async def on_raw(raw: RawMessage) -> None:
+                if raw.headers.get("Status"):
+                    await self._on_status(inbox, raw)
+                    return
+                if inbox == self._inbox:  # else of a pull that is not counted any more
+                    self._num_asked = max(0, self._num_asked - 1)
                 await self._on_message(raw)
 
-        self._unsubscribe = await self._bus.subscribe_raw(inbox, on_raw)
-        await self._create_consumer()
-        await self.want(self._wanted)
+            self._unsubscribe = await self._bus.subscribe_raw(inbox, on_raw)
+            if self._stopped:  # meanwhile
+                self._leave_inbox()
+                return
+            await self._create_consumer()
+            await self.want(self._wanted)
 
     async def _create_consumer(self) -> None:
         config: dict[str, Any] = {
@@ -232,16 +238,21 @@ class Puller:
         else:  # 409: consumer deleted, server shutting down, leadership change ...
             words = raw.headers.get("Description", "")
             log.warning("pull for %s ended: %s %s", self.model, status, words)
-            self._retry = asyncio.create_task(self._retry_later())
+            if self._retry is None or self._retry.done():  # every open pull tells us
+                self._retry = asyncio.create_task(self._retry_later(inbox))
 
-    async def _retry_later(self) -> None:
-        while not self._stopped:
+    async def _retry_later(self, inbox: str) -> None:
+        """Begin afresh soon, unless a reconnect has done so: ``inbox`` is old then."""
+        while True:
             await asyncio.sleep(0.2)
+            if self._stopped or inbox != self._inbox:
+                return
             try:
                 await self._rearm()
                 return
             except BusError as error:
                 log.warning("pulling for %s again: %s", self.model, error)
+                inbox = self._inbox
 
     async def _on_message(self, raw: RawMessage) -> None:
         # $JS.ACK.[domain.account.]<stream>.<consumer>.<delivered>.<seq>.<cseq>.<time>.<pending>

@@ -43,7 +43,7 @@ def test_sizes_and_shapes_of_the_real_ones() -> None:
     assert all(150 * MB < size < 300 * MB for size in sizes)
     assert sizes == sorted(sizes)
     assert all(later > earlier * 1.1 for earlier, later in pairwise(sizes))
-    # The demo's device holds one and a half of the smallest: the largest with its KV reserve, no two.
+    # One and a half of the smallest, as the demo's device has: the largest fits, no two do.
     assert sizes[-1] + 16 * MB < 1.5 * sizes[0] < sizes[0] + sizes[1]
     assert {type(m.config).__name__ for m in demo_configs()} == {
         "LlamaConfig",

@@ -1,0 +1,165 @@
+"""Who may do what, on a real nats-server: what is refused, and what has to work."""
+
+import time
+
+import pytest
+
+from schemas import names
+from schemas.commands import Command, SwapIn
+from schemas.events import Event, LeaderElected, RequestWithdrawn, kind_of
+from schemas.requests import CancelRequest
+from schemas.state import (
+    AgentStatus,
+    DeploymentRecord,
+    LeaseRecord,
+    ModelSpec,
+    PlacementRecord,
+    ResidencyRecord,
+)
+from schemas.stream import Tokens
+from services.bus import (
+    Bucket,
+    Delivery,
+    Lease,
+    Puller,
+    WorkQueue,
+    declare,
+)
+from tests.integration.bus.kit import MODEL, Box, Parties, errors, request, tap
+
+CHUNK = Tokens("r1", 1, 0, (7,), "x")
+STATUS = AgentStatus("g0", "i", 1, "cpu", "cpu", 1, 0, 1)
+COMMAND = SwapIn("g0", MODEL, epoch=1, generation=1)
+
+FORBIDDEN_TO_PUBLISH = [
+    ("api", names.command_subject("g0")),
+    ("api", "$KV.HS_MODELS.x"),
+    ("api", "$KV.HS_LEASES.scheduler.leader"),
+    ("api", "_INBOX_agent.x"),
+    ("api", "$JS.API.STREAM.DELETE.HS_REQUESTS"),
+    ("scheduler", names.request_subject("interactive", MODEL)),
+    ("scheduler", "_INBOX_api.x"),
+    ("scheduler", f"$JS.API.CONSUMER.CREATE.HS_REQUESTS.{names.consumer_name(MODEL)}"),
+    ("scheduler", "$JS.API.STREAM.MSG.GET.HS_REQUESTS"),
+    ("scheduler", f"$JS.API.DIRECT.GET.HS_REQUESTS.{names.request_subject('batch', MODEL)}"),
+    ("scheduler", "$KV.HS_RESIDENCY.x"),
+    ("agent", names.command_subject("g0")),
+    ("agent", "$KV.HS_MODELS.x"),
+    ("agent", "$KV.HS_LEASES.scheduler.leader"),
+    ("agent", "$JS.API.STREAM.PURGE.HS_REQUESTS"),
+]
+FORBIDDEN_TO_SUBSCRIBE = [
+    ("scheduler", "hs.v1.requests.>"),
+    ("scheduler", "_INBOX_api.>"),
+    ("scheduler", ">"),
+    ("api", "hs.v1.agent.*.command"),
+    ("api", "_INBOX_agent.>"),
+    ("agent", "_INBOX_api.>"),
+    ("agent", "hs.v1.requests.>"),
+]
+
+
+async def test_what_is_forbidden_is_refused_and_loud(
+    party: Parties, caplog: pytest.LogCaptureFixture
+) -> None:
+    everything = await tap(await party("admin"), ">")
+    users = {name: await party(name) for name in ("api", "scheduler", "agent")}
+
+    leaked: Box[object] = Box()
+
+    for user, subject in FORBIDDEN_TO_PUBLISH:
+        caplog.clear()
+        await users[user].publish_raw(subject, b"{}")
+        await users[user].flush()  # the server's refusal comes before its answer to this
+        assert errors(caplog), f"{user} may publish to {subject}"
+        # nats-py gives the server's words in lower case
+        assert f'permissions violation for publish to "{subject.lower()}"' in errors(caplog)[0]
+    for user, subject in FORBIDDEN_TO_SUBSCRIBE:
+        caplog.clear()
+        await users[user].subscribe_raw(subject, leaked.put)
+        await users[user].flush()
+        assert errors(caplog), f"{user} may subscribe to {subject}"
+        assert "permissions violation for subscription" in errors(caplog)[0]
+    await users["api"].publish(names.cancel_subject(MODEL), CancelRequest("r", MODEL))
+    await everything.until(lambda seen: any("cancel" in raw.subject for raw in seen))
+    assert not {raw.subject for raw in everything.all} & {s for _, s in FORBIDDEN_TO_PUBLISH}
+    for bus in users.values():
+        await bus.flush()
+    assert not leaked.all
+
+
+async def test_every_service_can_do_what_it_needs(
+    party: Parties, caplog: pytest.LogCaptureFixture
+) -> None:
+    api, scheduler, agent = await party("api"), await party("scheduler"), await party("agent")
+    for bus in (api, scheduler, agent):
+        await declare(bus)
+    heard: Box[object] = Box()
+    chunks = await tap(api, f"{api.inbox}.r.*")
+    demand = await tap(scheduler, names.demand_subject())
+    for bus, subject, kind in (
+        (scheduler, f"{names.PREFIX}.events.>", Event),
+        (scheduler, names.status_subject(), AgentStatus),
+        (agent, names.command_subject("g0"), Command),
+        (agent, names.cancel_subject(), CancelRequest),
+    ):
+        await bus.subscribe(subject, kind, lambda message: heard.put(message.body))
+        await bus.flush()
+
+    # the scheduler leads, writes records, commands, counts
+    leader = Lease(scheduler, names.LEADER_KEY, "s", ttl_s=5)
+    assert await leader.try_acquire()
+    await leader.renew()
+    models = Bucket(scheduler, names.BUCKET_MODELS, DeploymentRecord)
+    placement = Bucket(scheduler, names.BUCKET_PLACEMENT, PlacementRecord)
+    key = names.escape(MODEL)
+    await models.put(key, DeploymentRecord(ModelSpec(MODEL, "/x"), "ready"))
+    await placement.put(f"g0.{key}", PlacementRecord("g0", MODEL, "resident", 1, 1))
+    assert list(await models.items()) == [key]
+    elected = LeaderElected("s", leader.epoch, time.time())
+    sent: list[object] = [elected, COMMAND]
+    await scheduler.publish(names.event_subject(kind_of(elected)), elected)
+    await scheduler.publish(names.command_subject("g0"), COMMAND)
+
+    # the agent holds its lease, tells, serves
+    held = Lease(agent, names.agent_lease_key("g0"), "a", ttl_s=5)
+    assert await held.try_acquire()
+    residency = Bucket(agent, names.BUCKET_RESIDENCY, ResidencyRecord)
+    await residency.put("g0.x", ResidencyRecord("g0", "x", "resident", 1, 0.0))
+    await residency.delete("g0.x")
+    await residency.put("g0.y", ResidencyRecord("g0", "y", "resident", 1, 0.0))
+    assert list(await residency.items()) == ["g0.y"]
+    await agent.publish(names.status_subject("g0"), STATUS)
+
+    async def serve(delivery: Delivery) -> None:
+        await agent.publish(delivery.request.reply_to, CHUNK, reply=f"{agent.inbox}.gone.x")
+        await delivery.in_progress()
+        await delivery.ack()
+
+    puller = Puller(agent, MODEL, serve)
+    await puller.start()
+    await puller.want(1)
+
+    # the api sees state, queues, withdraws, cancels
+    assert await Bucket(api, names.BUCKET_MODELS, DeploymentRecord).items()
+    assert await Bucket(api, names.BUCKET_RESIDENCY, ResidencyRecord).items()
+    assert await Bucket(api, names.BUCKET_LEASES, LeaseRecord).items()
+    queue = WorkQueue(api)
+    await queue.enqueue(request(reply_to=f"{api.inbox}.r.1"))
+    assert await queue.withdraw(await queue.enqueue(request("other")))
+    withdrawn = RequestWithdrawn("other", "r", time.time(), "client_left")
+    await api.publish(names.event_subject(kind_of(withdrawn), model="other"), withdrawn)
+    await api.publish(names.cancel_subject(MODEL), CancelRequest("r", MODEL))
+    sent += [STATUS, withdrawn, CancelRequest("r", MODEL)]
+
+    await chunks.count(1)
+    await demand.count(2)
+    await heard.count(len(sent))
+    assert sorted(map(repr, heard.all)) == sorted(map(repr, sent))
+    assert (await WorkQueue(scheduler).depths())[0].get("other") is None
+    for lease in (leader, held):
+        await lease.release()
+    puller.stop()
+    for bus in (api, scheduler, agent):
+        await bus.flush()
+    assert not errors(caplog)
