@@ -52,6 +52,13 @@ def cli() -> None:
     hotswap up               serve the models of hotswap.toml
     hotswap status           what is resident where
     hotswap trace            where the time of a request went
+
+    \b
+    Exit status:
+      0    done, or stopped by Ctrl-C or SIGTERM while serving
+      1    an error, told in one line: configuration, NATS server, a part that does not start
+      2    wrong usage of the command line
+      130  interrupted before it was done
     """
 
 

@@ -5,6 +5,7 @@ Control is the only writer; `status` and `residency` are read-outs.
 
 import time
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from schemas.state import (
     ModelFacts,
@@ -15,7 +16,14 @@ from schemas.state import (
     SwapTrace,
 )
 from schemas.stream import StartKind
-from services.bus import Puller
+
+
+class Pull(Protocol):
+    """`services.gpu_agent.pulling.Pull`, as far as the table needs it."""
+
+    async def refresh(self) -> None: ...
+
+    def stop(self) -> None: ...
 
 
 @dataclass
@@ -31,8 +39,8 @@ class Replica:
     resident_since: float = 0.0
     last_swap_in: SwapTrace | None = None
     drain_started_at: float = 0.0
-    puller: Puller | None = None
-    in_flight: set[str] = field(default_factory=set)  # request ids at the worker
+    pull: Pull | None = None  # while it may take requests
+    in_flight: set[str] = field(default_factory=set)  # request ids admitted here
     changed_at: float = field(default_factory=time.time)
 
     @property
@@ -45,6 +53,11 @@ class Replica:
         self.state = state
         self.reason = reason
         self.changed_at = time.time()
+
+    def stop_pulling(self) -> None:
+        if self.pull:
+            self.pull.stop()
+            self.pull = None
 
     def start_kind(self, created_at: float) -> StartKind:
         """How a request admitted at ``created_at`` (unix seconds) found the model."""

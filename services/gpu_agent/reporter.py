@@ -1,4 +1,10 @@
-"""What the agent tells the world: events, residency records, spans."""
+"""What the agent tells the world: events, residency records, spans.
+
+Telling never fails: where the bus takes nothing more (it is away, and the client's memory for
+that is full), the loss is logged. Whoever reports has state to move on.
+"""
+
+import logging
 
 from opentelemetry.context import Context
 
@@ -6,7 +12,9 @@ from schemas import names
 from schemas.events import AgentEvent, kind_of
 from schemas.state import AgentStatus, ResidencyRecord, SwapTrace
 from services import telemetry
-from services.bus import Bucket, Bus, Writer
+from services.bus import Bucket, Bus, BusError, Writer
+
+log = logging.getLogger(__name__)
 
 
 class Reporter:
@@ -20,10 +28,16 @@ class Reporter:
 
     async def event(self, event: AgentEvent) -> None:
         model = getattr(event, "model", "")
-        await self._bus.publish(names.event_subject(kind_of(event), self._gpu, model), event)
+        try:
+            await self._bus.publish(names.event_subject(kind_of(event), self._gpu, model), event)
+        except BusError as error:
+            log.error("lost the event %s: %s", event, error)
 
     async def status(self, status: AgentStatus) -> None:
-        await self._bus.publish(names.status_subject(self._gpu), status)
+        try:
+            await self._bus.publish(names.status_subject(self._gpu), status)
+        except BusError as error:
+            log.warning("status not sent: %s", error)
 
     def residency(self, record: ResidencyRecord) -> None:
         """Have ``record`` written to HS_RESIDENCY soon."""

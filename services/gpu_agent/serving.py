@@ -4,46 +4,51 @@
     on_produced   Tokens to the api
     on_done       Finished to the api, ack to the queue             RequestEnded
     on_broke      Failed to the api, ack to the queue               RequestEnded
-    worker_died   nak: the queue delivers again, here or elsewhere; after
-                  MAX_CRASHES deaths under the same request: Failed RequestEnded
+    worker_died   nak: the queue delivers again, here or elsewhere; `Suspects` says which
+                  ones are given up: Failed to the api, ack         RequestEnded
+    finish        nak: whoever gets it next ends it
 
 Every chunk is published with a reply subject of ours: where nobody listens any more (the
 api died, or gave up), the server answers "no responders" and the request is cancelled.
+
+A request that ended here and is delivered again (its acknowledgement was lost with a
+connection) is not run again: its last chunk is sent once more, in case that was lost too.
 """
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from schemas.events import RequestEnded, RequestStarted
 from schemas.requests import GenerateRequest
 from schemas.stream import Chunk, ErrorCode, Failed, Finished, RequestTiming, Started, Tokens
 from services import telemetry
-from services.bus import Bus, Delivery
+from services.bus import Bus, BusError, Delivery
 from services.bus.connection import RawMessage
 from services.gpu_agent import ipc
 from services.gpu_agent.replicas import Replica
 from services.gpu_agent.reporter import Reporter
+from services.gpu_agent.suspects import MAX_CRASHES, Suspects
 
 log = logging.getLogger(__name__)
 
 _REMEMBERED = 4096
-MAX_CRASHES = 2  # a request under which the worker died this often is not tried again
 
-Outcome = Literal["stop", "length", "cancelled", "failed"]
+Outcome: TypeAlias = Literal["stop", "length", "cancelled", "failed"]
 
 
-@dataclass
+@dataclass(eq=False)
 class InFlight:
     delivery: Delivery
     replica: Replica
     attempt: int
     pulled_at: float
+    is_submitted: bool = False  # the worker has it; until then it waits in line
     begun_at: float = 0.0
     prompt_tokens: int = 0
     num_tokens: int = 0
@@ -72,8 +77,9 @@ class Serving:
         self._send = send
         self._freed = freed
         self._gone_inbox = f"{bus.inbox}.gone"
-        self._crashes: dict[str, int] = {}
-        self._ended: OrderedDict[str, None] = OrderedDict()  # lately ended, newest last
+        self._suspects = Suspects()
+        self._line: deque[InFlight] = deque()  # admitted, not submitted yet
+        self._ended: OrderedDict[str, Chunk] = OrderedDict()  # lately ended, newest last
         self.in_flight: dict[str, InFlight] = {}
 
     async def start(self) -> None:
@@ -87,26 +93,43 @@ class Serving:
         if known := self.in_flight.get(request.request_id):
             known.delivery = delivery  # delivered again after a reconnect: go on, answer this one
             return
-        if request.request_id in self._ended:
-            await delivery.ack()  # it ended while the connection was away
+        if last := self._ended.get(request.request_id):
+            await self._publish(request, last)
+            await self._settle(delivery.ack())
             return
         now = time.time()
         flight = InFlight(delivery, replica, attempt=delivery.num_delivered, pulled_at=now)
         if now >= request.deadline_at:
             await self._fail(flight, "deadline_exceeded", "the request's deadline passed in queue")
-            return
-        if replica.state != "resident":
-            await delivery.nak()
-            return
-        self.in_flight[request.request_id] = flight
-        self._idle.clear()
-        replica.in_flight.add(request.request_id)
-        start = replica.start_kind(request.created_at)
-        swap = None if start == "warm" else replica.last_swap_in
-        await self._chunk(
-            flight, Started(request.request_id, self._gpu, flight.attempt, start, swap)
-        )
+        elif replica.state != "resident":
+            await self._settle(delivery.nak())
+        else:
+            self.in_flight[request.request_id] = flight
+            self._idle.clear()
+            replica.in_flight.add(request.request_id)
+            self._line.append(flight)
+            await self._submit_line()
+
+    async def _submit_line(self) -> None:
+        """Give the worker what it may have now, first come first served."""
+        while self._line:
+            running = [name for name, other in self.in_flight.items() if other.is_submitted]
+            if not self._suspects.may_join(self._line[0].request.request_id, running):
+                return
+            await self._submit(self._line.popleft())
+
+    async def _submit(self, flight: InFlight) -> None:
+        # Handed to the worker before anything is awaited: a cancellation, or the worker's
+        # death, finds the request either in line or in the worker, never in between.
+        request = flight.request
+        flight.is_submitted = True
         self._send(ipc.Submit(request))
+        now = time.time()
+        start = flight.replica.start_kind(request.created_at)
+        swap = None if start == "warm" else flight.replica.last_swap_in
+        await self._publish(
+            request, Started(request.request_id, self._gpu, flight.attempt, start, swap)
+        )
         wait_s = now - request.created_at
         await self._reporter.event(
             RequestStarted(
@@ -116,14 +139,17 @@ class Serving:
         self._span(flight, telemetry.SPAN_QUEUE_WAIT, request.created_at, now)
 
     async def cancel(self, request_id: str) -> None:
-        if request_id in self.in_flight:
+        flight = self.in_flight.get(request_id)
+        if flight and flight.is_submitted:
             self._send(ipc.Cancel(request_id))
+        elif flight:
+            await self._fail(flight, "cancelled", "cancelled before it began", "cancelled")
 
     async def _on_gone(self, raw: RawMessage) -> None:
         request_id = raw.subject.rsplit(".", 1)[1]
         if raw.headers.get("Status") == "503" and request_id in self.in_flight:
             log.info("nobody waits for request %s any more: cancelled", request_id)
-            self._send(ipc.Cancel(request_id))
+            await self.cancel(request_id)
 
     async def _on_reconnect(self) -> None:
         for flight in self.in_flight.values():
@@ -132,7 +158,7 @@ class Serving:
     async def keep_alive(self) -> None:
         """Tell the queue that all of these are still being worked on."""
         for flight in list(self.in_flight.values()):
-            await flight.delivery.in_progress()
+            await self._settle(flight.delivery.in_progress())
 
     # -- from the worker -----------------------------------------------------------------
 
@@ -151,7 +177,7 @@ class Serving:
                 message.token_ids,
                 message.text,
             )
-            await self._chunk(flight, chunk)
+            await self._publish(flight.request, chunk)
 
     async def on_done(self, message: ipc.Done) -> None:
         flight = self.in_flight.get(message.request_id)
@@ -186,14 +212,20 @@ class Serving:
 
     async def worker_died(self, reason: str) -> None:
         """Hand every request back to the queue, except those that keep killing the worker."""
-        for request_id, flight in list(self.in_flight.items()):
-            crashes = self._crashes[request_id] = self._crashes.get(request_id, 0) + 1
-            if crashes >= MAX_CRASHES:
-                words = f"{reason}, {crashes} times while it worked on this request"
+        flights = list(self.in_flight.values())
+        guilty = [
+            flight
+            for flight in flights
+            if flight.is_submitted and self._suspects.blame(flight.request.request_id)
+        ]
+        for flight in flights:
+            self._forget(flight)
+        for flight in flights:
+            if flight in guilty:
+                words = f"{reason}, {MAX_CRASHES} times while it worked on this request"
                 await self._fail(flight, "engine_failed", words)
             else:
-                self._forget(flight)
-                await flight.delivery.nak()
+                await self._settle(flight.delivery.nak())
 
     async def finish(self, grace_s: float) -> None:
         """At shutdown: wait up to ``grace_s`` seconds; what still runs goes back to the queue."""
@@ -201,7 +233,7 @@ class Serving:
             await asyncio.wait_for(self._idle.wait(), grace_s)
         for flight in list(self.in_flight.values()):
             self._forget(flight)
-            await flight.delivery.nak()
+            await self._settle(flight.delivery.nak())
 
     # -- ends ----------------------------------------------------------------------------
 
@@ -222,12 +254,12 @@ class Serving:
     ) -> None:
         """The one place where a request ends: chunk, ack, event, free slot, in that order."""
         self._forget(flight)
-        self._crashes.pop(flight.request.request_id, None)
-        self._ended[flight.request.request_id] = None
+        self._suspects.clear(flight.request.request_id)
+        self._ended[flight.request.request_id] = chunk
         while len(self._ended) > _REMEMBERED:
             self._ended.popitem(last=False)
-        await self._chunk(flight, chunk)
-        await flight.delivery.ack()
+        await self._publish(flight.request, chunk)
+        await self._settle(flight.delivery.ack())
         await self._reporter.event(
             RequestEnded(
                 gpu=self._gpu,
@@ -242,18 +274,32 @@ class Serving:
             )
         )
         await self._freed(flight.replica)
+        await self._submit_line()
 
     def _forget(self, flight: InFlight) -> None:
         request_id = flight.request.request_id
         self.in_flight.pop(request_id, None)
+        if flight in self._line:
+            self._line.remove(flight)
         if not self.in_flight:
             self._idle.set()
         flight.replica.in_flight.discard(request_id)
 
-    async def _chunk(self, flight: InFlight, chunk: Chunk) -> None:
-        request = flight.request
+    # A full or closed bus loses what is said; state moves on all the same. The queue delivers
+    # again what was not acknowledged, and the api runs again what came to it with gaps.
+
+    async def _publish(self, request: GenerateRequest, chunk: Chunk) -> None:
         reply = f"{self._gone_inbox}.{request.request_id}"
-        await self._bus.publish(request.reply_to, chunk, reply=reply)
+        try:
+            await self._bus.publish(request.reply_to, chunk, reply=reply)
+        except BusError as error:
+            log.warning("lost a chunk of request %s: %s", request.request_id, error)
+
+    async def _settle(self, answer: Awaitable[None]) -> None:
+        try:
+            await answer
+        except BusError as error:
+            log.warning("an answer to the queue was lost: %s", error)
 
     def _span(self, flight: InFlight, name: str, start: float, end: float) -> None:
         self._reporter.span(

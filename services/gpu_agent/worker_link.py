@@ -1,7 +1,8 @@
 """The control process's end of the engine worker: spawn it, talk to it, notice its death.
 
-Messages sent before the worker has started wait here, then in the socket: no caller has to
-know whether the worker is up yet.
+`WorkerLink` is one worker process; `WorkerKeeper` has one running at all times. Messages sent
+before a worker has started wait here, then in the socket: no caller has to know whether the
+worker is up yet.
 """
 
 import asyncio
@@ -10,14 +11,19 @@ import logging
 import signal
 import socket
 import sys
+import time
 from collections.abc import Awaitable, Callable
+
+import msgspec
 
 from services.gpu_agent import ipc
 from services.settings import GpuSettings, parse_bytes
 
 log = logging.getLogger(__name__)
 
-_STOP_GRACE_S = 5.0
+STOP_GRACE_S = 5.0
+_EXIT_S = 1.0  # from closing its socket to its end; then it is killed
+_RESTART_PAUSE_S = 2.0  # before a new worker where the last one died within this time
 
 OnMessage = Callable[[ipc.FromWorker], Awaitable[None]]
 OnDeath = Callable[[str], Awaitable[None]]
@@ -26,37 +32,69 @@ OnDeath = Callable[[str], Awaitable[None]]
 class WorkerLink:
     """One engine worker process. Use once: a new worker is a new link.
 
-    ``on_message`` gets every message in order; ``on_death`` is called once, with the reason,
-    when the worker ends without having been told to.
+    ``lock_fd``: see `device_lock`; the worker inherits it, and so holds the lock until its end.
     """
 
-    def __init__(self, gpu: GpuSettings, on_message: OnMessage, on_death: OnDeath) -> None:
+    def __init__(self, gpu: GpuSettings, lock_fd: int | None, on_message: OnMessage) -> None:
         self.pid = 0
         self._gpu = gpu
+        self._lock_fd = lock_fd
         self._on_message = on_message
-        self._on_death = on_death
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._stopping = False
-        self._early: list[bytes] = []  # sent before start
+        self._early: list[bytes] = []  # sent before it has started
 
-    async def start(self) -> None:
+    async def run(self) -> str:
+        """Start the worker, hand on its messages in order; returns why it ended.
+
+        Cancelled, it kills the worker and waits for its end.
+        """
+        try:
+            reader = await self._spawn()
+        except OSError as error:
+            return f"the engine worker can not be started: {error}"
+        assert self._process
+        assert self._writer
+        fault = ""
+        try:
+            fault = await self._read(reader)
+            if not fault:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._process.wait(), _EXIT_S)
+        finally:
+            self._writer.close()
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()  # without its socket it is useless
+            code = await self._process.wait()
+        return fault or _describe_exit(code)
+
+    def send(self, message: ipc.ToWorker) -> None:
+        """Queue ``message``. After the worker's death it goes nowhere: `run` says so."""
+        if self._writer is None:
+            self._early.append(ipc.frame(message))
+        elif not self._writer.is_closing():
+            self._writer.write(ipc.frame(message))
+
+    async def _spawn(self) -> asyncio.StreamReader:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        inherited = [theirs.fileno()] + ([] if self._lock_fd is None else [self._lock_fd])
         try:
             self._process = await asyncio.create_subprocess_exec(
                 *self._command(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=inherited,
                 start_new_session=True,  # Ctrl-C is for control, which stops us in order
             )
+        except BaseException:
+            ours.close()
+            raise
         finally:
             theirs.close()
         self.pid = self._process.pid
         reader, self._writer = await asyncio.open_connection(sock=ours)
         self._writer.writelines(self._early)
         self._early.clear()
-        self._task = asyncio.create_task(self._read(reader))
+        return reader
 
     def _command(self, descriptor: int) -> list[str]:
         command = [sys.executable, "-m", "services.gpu_agent.worker", "--fd", str(descriptor)]
@@ -69,46 +107,90 @@ class WorkerLink:
             command += ["--threads", str(self._gpu.threads)]
         return command
 
-    def send(self, message: ipc.ToWorker) -> None:
-        """Queue ``message``. After the worker's death it goes nowhere: `on_death` says so."""
-        if self._writer is None:
-            self._early.append(ipc.frame(message))
-        elif not self._writer.is_closing():
-            self._writer.write(ipc.frame(message))
-
-    async def stop(self) -> None:
-        """Ask the worker to end; kill it if it does not within 5 s."""
-        self._stopping = True
-        self.send(ipc.Shutdown())
-        if not self._process:
-            return
-        try:
-            await asyncio.wait_for(self._process.wait(), _STOP_GRACE_S)
-        except TimeoutError:
-            log.warning("engine worker %d does not stop; killing it", self.pid)
-            self._process.kill()
-            await self._process.wait()
-        if self._task:
-            await self._task
-        if self._writer:
-            self._writer.close()
-
-    async def _read(self, reader: asyncio.StreamReader) -> None:
+    async def _read(self, reader: asyncio.StreamReader) -> str:
+        """Hand on messages until the socket closes. Returns what was wrong with them, if so."""
         frames = ipc.FrameReader()
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(1 << 16):
-                for body in frames.feed(data):
+                try:
+                    messages = [ipc.from_worker_decoder.decode(body) for body in frames.feed(data)]
+                except (ValueError, msgspec.DecodeError) as error:
+                    return f"the engine worker sent what nobody can read: {error}"
+                for message in messages:
                     try:
-                        await self._on_message(ipc.from_worker_decoder.decode(body))
-                    except Exception:
-                        log.exception("handling a message of the engine worker failed")
-        assert self._process
-        if not self._stopping:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()  # it closed its socket: whatever is left of it is useless
-        code = await self._process.wait()
-        if not self._stopping:
-            await self._on_death(_describe_exit(code))
+                        await self._on_message(message)
+                    except Exception:  # one bad message must not end the reading of all others
+                        log.exception("handling %s of the engine worker failed", message)
+        return ""
+
+
+class WorkerKeeper:
+    """Has an engine worker running until `stop`.
+
+    ``greeting`` is what each worker is told first. When one ends, its successor's link takes
+    `send` from that moment on, then ``on_death`` is called with the reason, then it starts.
+    """
+
+    def __init__(
+        self,
+        gpu: GpuSettings,
+        lock_fd: int | None,
+        greeting: Callable[[], list[ipc.ToWorker]],
+        on_message: OnMessage,
+        on_death: OnDeath,
+    ) -> None:
+        self._gpu = gpu
+        self._lock_fd = lock_fd
+        self._greeting = greeting
+        self._on_message = on_message
+        self._on_death = on_death
+        self._link = self._new_link()
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id; 0 where none was started."""
+        return self._link.pid
+
+    def send(self, message: ipc.ToWorker) -> None:
+        self._link.send(message)
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
+        """Ask the worker to end; kill it if it does not within ``grace_s`` seconds."""
+        self._stopping = True
+        if not self._task:
+            return
+        self.send(ipc.Shutdown())
+        await asyncio.wait((self._task,), timeout=grace_s)
+        if not self._task.done() and grace_s:
+            log.warning("engine worker %d does not stop; killing it", self.pid)
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    def _new_link(self) -> WorkerLink:
+        link = WorkerLink(self._gpu, self._lock_fd, self._on_message)
+        for message in self._greeting():
+            link.send(message)
+        return link
+
+    async def _run(self) -> None:
+        while True:
+            started_at = time.monotonic()
+            reason = await self._link.run()
+            if self._stopping:
+                return
+            log.error("%s; starting a new one", reason)
+            self._link = self._new_link()
+            try:
+                await self._on_death(reason)
+            except Exception:  # a GPU without a worker would be the greater harm
+                log.exception("handling the death of the engine worker failed")
+            if time.monotonic() - started_at < _RESTART_PAUSE_S:
+                await asyncio.sleep(_RESTART_PAUSE_S)
 
 
 def _describe_exit(code: int) -> str:

@@ -1,4 +1,8 @@
-"""The whole system on one machine: nats-server, scheduler, agents, api, in that order."""
+"""The whole system on one machine: nats-server, scheduler, agents, api, in that order.
+
+What can be seen to be wrong before anything runs is said before anything runs: a port in use,
+credentials that can not be read, a server that does not answer.
+"""
 
 import asyncio
 import logging
@@ -9,7 +13,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.bus import BusOptions
+from services.bus import Bus, BusOptions
 from services.ops import nats_server
 from services.ops.supervisor import Child, Supervisor
 from services.settings import GpuSettings, Settings, SettingsError
@@ -17,6 +21,7 @@ from services.settings import GpuSettings, Settings, SettingsError
 log = logging.getLogger(__name__)
 
 SHUTDOWN_GRACE_S = 20.0
+NATS_PATIENCE_S = 5.0
 
 
 class StackError(Exception):
@@ -38,34 +43,51 @@ class Endpoints:
 async def start(
     supervisor: Supervisor, settings: Settings, config_file: Path, gpus: list[GpuSettings]
 ) -> Endpoints:
-    """Start every process of ``settings``. Raises SettingsError, NatsServerError.
+    """Start every process of ``settings``. Raises SettingsError, NatsServerError, BusError,
+    StackError.
 
     With ``nats.url`` set no server is started, and ``nats.creds`` serves all services.
     """
     _check_port_free(settings.api.host, settings.api.port)
+    _warn_of_missing_folders(settings)
     if settings.nats.url:
         files = dict.fromkeys(nats_server.USERS, Path(settings.nats.creds))
         nats_url = settings.nats.url
+        options = BusOptions.read(Path(settings.nats.creds), url=nats_url)
+        await (await Bus.connect(options, service="up", patience_s=NATS_PATIENCE_S)).close()
     else:
-        plan = nats_server.write_config(
-            settings.state_path / "nats",
-            port=nats_server.free_port(settings.nats.port),
-            http_port=nats_server.free_port(settings.nats.http_port),
-        )
+        plan = _write_nats_config(settings)
         files, nats_url = plan.credential_files, plan.credentials["admin"].url
-        await supervisor.start(Child("nats-server", plan.command(), grace_s=5.0))
+        await _start(supervisor, Child("nats-server", plan.command(), grace_s=5.0))
 
     def service(name: str, user: str, *arguments: str) -> Child:
         command = [sys.executable, "-m", "services.cli", user, *arguments]
         command += ["--config", str(config_file), "--nats", nats_url, "--creds", str(files[user])]
         return Child(name, command, grace_s=SHUTDOWN_GRACE_S)
 
-    await supervisor.start(service("scheduler", "scheduler"))
+    await _start(supervisor, service("scheduler", "scheduler"))
     for gpu in gpus:
-        await supervisor.start(service(f"agent-{gpu.name}", "agent", "--gpu", gpu.name))
-    await supervisor.start(service("api", "api"))
-    host = settings.api.host.replace("0.0.0.0", "127.0.0.1")
-    return Endpoints(f"http://{host}:{settings.api.port}", nats_url, files)
+        await _start(supervisor, service(f"agent-{gpu.name}", "agent", "--gpu", gpu.name))
+    await _start(supervisor, service("api", "api"))
+    return Endpoints(f"http://{_reachable(settings.api.host)}:{settings.api.port}", nats_url, files)
+
+
+def _write_nats_config(settings: Settings) -> nats_server.NatsPlan:
+    try:
+        return nats_server.write_config(
+            settings.state_path / "nats",
+            port=nats_server.free_port(settings.nats.port),
+            http_port=nats_server.free_port(settings.nats.http_port),
+        )
+    except OSError as error:
+        raise StackError(f"state_dir = {settings.state_dir!r} can not be used: {error}") from error
+
+
+async def _start(supervisor: Supervisor, child: Child) -> None:
+    try:
+        await supervisor.start(child)
+    except OSError as error:
+        raise StackError(f"{child.name} can not be started: {error}") from error
 
 
 async def wait_ready(supervisor: Supervisor, endpoints: Endpoints, patience_s: float = 120) -> None:
@@ -95,13 +117,30 @@ def _probe(url: str) -> str:
         return str(error)
 
 
+def _reachable(host: str) -> str:
+    """``host`` as it goes into a URL: an address to listen on everywhere is no address to ask."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
 def _check_port_free(host: str, port: int) -> None:
-    with socket.socket() as probe:
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise SettingsError(f"api.host = {host!r}: {error.strerror}") from error
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            probe.bind(address)
         except OSError as error:
             raise SettingsError(
                 f"api.port = {port}: can not listen on {host}:{port}: {error.strerror}. "
                 "Stop what listens there, or choose another port"
             ) from error
+
+
+def _warn_of_missing_folders(settings: Settings) -> None:
+    """One model that can not be read keeps nothing else from being served."""
+    for name, model in settings.models.items():
+        if model.source.startswith("/") and not Path(model.source).exists():
+            log.warning("models.%s: source = %r does not exist", name, model.source)

@@ -18,7 +18,7 @@ _LISTEN_S = 1.3  # a little over the agents' heartbeat
 
 @dataclass
 class Snapshot:
-    """What the bus said: agents by gpu, deployments by model, queued requests by model."""
+    """What the bus said: agents by gpu, deployments by model."""
 
     agents: dict[str, AgentStatus] = field(default_factory=dict)
     deployments: dict[str, DeploymentRecord] = field(default_factory=dict)

@@ -1,13 +1,15 @@
 """Starts child processes in order, restarts those that end, stops them in reverse order.
 
 Children live in their own sessions, so Ctrl-C reaches the supervisor alone and the order of
-shutdown holds; a parent-death signal takes them along if the supervisor itself is killed.
+shutdown holds; a parent-death signal takes them along if the supervisor itself is killed, and
+whatever they started in turn is theirs to end (an agent's worker has such a signal too).
 """
 
 import asyncio
 import contextlib
 import ctypes
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -25,9 +27,11 @@ _STABLE_S = 10.0  # a child that lived this long starts afresh with the shortest
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def die_with_parent() -> None:
+def die_with(parent_pid: int) -> None:
     """In a child, before exec: SIGTERM when the parent dies (prctl(2), PR_SET_PDEATHSIG)."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent_pid:  # it died before we asked to be told
+        os._exit(1)
 
 
 @dataclass
@@ -52,17 +56,25 @@ class Supervisor:
     def __init__(self, log_folder: Path | None = None) -> None:
         self.children: list[Child] = []
         self._log_folder = log_folder
-        self._stopping = False
 
     async def start(self, child: Child) -> None:
-        """Start ``child`` and keep it running until `stop`."""
-        self.children.append(child)
+        """Start ``child`` and keep it running until `stop`. Raises OSError where it can not be.
+
+        Later starts that fail are tried again, like a child that ends.
+        """
         await self._spawn(child)
+        self.children.append(child)
         child._keeper = asyncio.create_task(self._keep(child))
 
     async def stop(self) -> None:
         """SIGTERM to each child, last started first; SIGKILL to one that does not end."""
-        self._stopping = True
+        # First of all no more restarts. (Cancelled in the middle of a start, asyncio kills what
+        # it had started: each child is then one known process, or none.)
+        for child in self.children:
+            if child._keeper:
+                child._keeper.cancel()
+        keepers = [child._keeper for child in self.children if child._keeper]
+        await asyncio.gather(*keepers, return_exceptions=True)
         for child in reversed(self.children):
             await self._stop_child(child)
 
@@ -71,6 +83,7 @@ class Supervisor:
         if self._log_folder:
             self._log_folder.mkdir(parents=True, exist_ok=True)
             output = (self._log_folder / f"{child.name}.log").open("ab")
+        parent_pid = os.getpid()
         try:
             child.process = await asyncio.create_subprocess_exec(
                 *child.command,
@@ -78,7 +91,7 @@ class Supervisor:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=lambda: die_with(parent_pid),
             )
         finally:
             if output:
@@ -90,16 +103,19 @@ class Supervisor:
         while True:
             assert child.process
             started_at = time.monotonic()
-            code = await child.process.wait()
-            if self._stopping:
-                return
+            how = _how(await child.process.wait())
             if time.monotonic() - started_at > _STABLE_S:
                 pause_s = _FIRST_PAUSE_S
-            log.warning("%s %s; restarting it in %.1f s", child.name, _how(code), pause_s)
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-            if not self._stopping:
-                await self._spawn(child)
+            started = False
+            while not started:
+                log.warning("%s %s; restarting it in %.1f s", child.name, how, pause_s)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                try:
+                    await self._spawn(child)
+                    started = True
+                except OSError as error:
+                    how = f"can not be started: {error}"
 
     async def _stop_child(self, child: Child) -> None:
         if not child.process:
@@ -110,16 +126,13 @@ class Supervisor:
             await asyncio.wait_for(child.process.wait(), child.grace_s)
         except TimeoutError:
             log.warning("%s did not stop within %g s; killing it", child.name, child.grace_s)
-            child.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                child.process.kill()
             await child.process.wait()
-        if child._keeper:
-            child._keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await child._keeper
 
 
 def stop_on_signals() -> asyncio.Event:
-    """An event that SIGINT or SIGTERM sets. Call inside the running loop."""
+    """An event that SIGINT or SIGTERM sets, however often. Call inside the running loop."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     on_signal: Callable[[], None] = stop.set

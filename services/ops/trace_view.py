@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.tree import Tree
 
 from services.settings import SettingsError
@@ -82,9 +83,22 @@ def show(folder: Path, trace_id: str | None, last: int) -> None:
     for tid, roots in wanted.items():
         start = min(root.start for root in roots)
         tree = Tree(f"[bold]trace {tid}[/bold]")
+        missing: dict[str, Tree] = {}
         for root in roots:
-            _grow(tree, root, start)
+            _grow(_below(tree, root.parent_id, missing), root, start)
         console.print(tree)
+
+
+def _below(tree: Tree, parent_id: str | None, missing: dict[str, Tree]) -> Tree:
+    """Where a root belongs: a parent that is in no file gets a line that says so."""
+    if not parent_id:
+        return tree
+    if parent_id not in missing:
+        missing[parent_id] = tree.add(
+            f"[yellow]span {parent_id.removeprefix('0x')} is missing[/yellow]: it is the "
+            "client's own, has not ended yet, or its service writes no span file here"
+        )
+    return missing[parent_id]
 
 
 def _is_request(roots: list[Span]) -> bool:
@@ -97,9 +111,10 @@ def _grow(tree: Tree, span: Span, start: float) -> None:
         for key, value in span.attributes.items()
         if key.startswith("hotswap.") and value not in ("", 0, 0.0)
     ]
+    notes = [span.service, ", ".join(facts)] if facts else [span.service]
     branch = tree.add(
-        f"{span.name}  [green]{(span.end - span.start) * 1e3:.1f} ms[/green]"
-        f"  [dim]at +{(span.start - start) * 1e3:.1f} ms, {span.service}; {', '.join(facts)}[/dim]"
+        f"{escape(span.name)}  [green]{(span.end - span.start) * 1e3:.1f} ms[/green]"
+        f"  [dim]at +{(span.start - start) * 1e3:.1f} ms, {escape('; '.join(notes))}[/dim]"
     )
     for child in span.children:
         _grow(branch, child, start)

@@ -6,15 +6,20 @@
                                                                 `- HS_MODELS: what users are told
 
 Everything `decide` is told goes through that one queue, so the order in which it was told
-is the order in which it decided. A leader that loses its lease ends; the supervisor's next
-start, or a standby, begins from an empty state and learns it from heartbeats and the queue.
+is the order in which it decided. A leader that can not renew its lease in time steps down and
+stands by again: whoever leads next, under a higher epoch, begins from an empty state and
+learns it from heartbeats and the queue. A defect in `decide` ends the process, with the story
+in the log; the supervisor's next start begins afresh.
 """
 
 import asyncio
 import logging
 import os
 import time
+from collections import deque
 from datetime import datetime
+
+import msgspec
 
 from schemas import names
 from schemas.commands import Command
@@ -33,7 +38,8 @@ from services.bus import (
     Writer,
     declare,
 )
-from services.bus.connection import RawMessage
+from services.bus.connection import Hook, RawMessage
+from services.jobs import unless_set, until_first_ends
 from services.scheduler.decide import decide
 from services.scheduler.inputs import AgentLost, Demand, DeploymentAdded, Input, QueueDepths, Tick
 from services.scheduler.spans import SwitchSpans
@@ -44,68 +50,92 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.2
 STANDBY_POLL_S = 0.05
+_STANDBY_RETRY_S = 0.5  # where the server does not answer
+_NUM_REMEMBERED = 50  # inputs, for the story when `decide` fails
 
 _DESIRED = {"Register": "cold", "Load": "host", "SwapIn": "resident", "SwapOut": "host"}
 
 
 async def run(settings: Settings, options: BusOptions, *, stop: asyncio.Event) -> None:
-    """Stand by, lead, until ``stop`` is set. Raises LeaseLost where another one took over."""
-    bus = await Bus.connect(options, service="scheduler")
-    await declare(bus, settings.api.max_queued_per_model)
-    holder = os.urandom(6).hex()
-    lease = Lease(bus, names.LEADER_KEY, holder, settings.scheduler.lease_ttl_s)
+    """Stand by, lead, stand by again where the lease is lost, until ``stop`` is set."""
+    bus = await unless_set(stop, Bus.connect(options, service="scheduler"))
+    if bus is None:
+        return
     try:
-        if not await _acquire(lease, stop):
-            return
-        log.info("leading, epoch %d", lease.epoch)
-        leader = Leader(bus, settings, lease.epoch)
-        elected = LeaderElected(holder, lease.epoch, time.time())
-        await bus.publish(names.event_subject(kind_of(elected)), elected)
-        async with asyncio.TaskGroup() as tasks:
-            running = [
-                tasks.create_task(job)
-                for job in (_renew(lease), leader.run(), leader.tick(), leader.reconcile())
-            ]
-            running += [tasks.create_task(writer.run()) for writer in leader.writers]
-            await stop.wait()
-            for task in running:
-                task.cancel()
+        await unless_set(stop, declare(bus, settings.api.max_queued_per_model))
+        while not stop.is_set():
+            # A holder of its own each time, or a lease we lost would look like ours.
+            holder = os.urandom(6).hex()
+            lease = Lease(bus, names.LEADER_KEY, holder, settings.scheduler.lease_ttl_s)
+            renewed_at = await unless_set(stop, _acquire(lease))
+            if renewed_at is None:
+                break
+            try:
+                await _lead(bus, settings, lease, renewed_at, stop)
+            except LeaseLost as error:
+                log.error("stepping down: %s", error)
+            finally:
+                if bus.is_connected:
+                    await lease.release()
     finally:
-        if lease.epoch:
-            await lease.release()
         await bus.close()
 
 
-async def _acquire(lease: Lease, stop: asyncio.Event) -> bool:
-    """Poll until the lease is ours; False where ``stop`` came first."""
+async def _acquire(lease: Lease) -> float:
+    """Wait until the lease is ours; returns since when at least (by the monotonic clock)."""
     told = False
-    while not stop.is_set():
+    while True:
+        asked_at = time.monotonic()
         try:
             if await lease.try_acquire():
-                return True
+                return asked_at
         except BusError as error:
             log.warning("standing by: %s", error)
+            await asyncio.sleep(_STANDBY_RETRY_S)
         if not told:
             log.info("standing by: another scheduler leads, or led until just now")
             told = True
         await asyncio.sleep(STANDBY_POLL_S)
-    return False
 
 
-async def _renew(lease: Lease) -> None:
+async def _lead(
+    bus: Bus, settings: Settings, lease: Lease, renewed_at: float, stop: asyncio.Event
+) -> None:
+    """Lead until ``stop`` is set. Raises LeaseLost."""
+    log.info("leading, epoch %d", lease.epoch)
+    leader = Leader(bus, settings, lease.epoch)
+    elected = LeaderElected(lease.holder, lease.epoch, time.time())
+    try:
+        await bus.publish(names.event_subject(kind_of(elected)), elected)
+        await until_first_ends(
+            stop.wait(),
+            _renew(lease, renewed_at),
+            leader.run(),
+            leader.tick(),
+            leader.reconcile(),
+            *(writer.run() for writer in leader.writers),
+        )
+    finally:
+        await leader.close()
+
+
+async def _renew(lease: Lease, renewed_at: float) -> None:
+    """Renew for ever. Raises LeaseLost as soon as somebody else may have the lease."""
+    valid_until = renewed_at + lease.ttl_s
     while True:
         await asyncio.sleep(lease.ttl_s / 4)
+        asked_at = time.monotonic()
         try:
-            await lease.renew()
+            await asyncio.wait_for(lease.renew(), valid_until - asked_at)
+            valid_until = asked_at + lease.ttl_s
         except LeaseLost:
-            # The server was away for longer than the TTL and came back without the lease: if
-            # nobody else took it we still lead, under the epoch that our commands carry.
-            epoch = lease.epoch
-            if not await lease.try_acquire():
-                raise
-            lease.epoch = epoch
-        except BusError as error:
-            log.warning("lease not renewed: %s", error)
+            raise
+        except (BusError, TimeoutError) as error:
+            if time.monotonic() >= valid_until:
+                raise LeaseLost(
+                    f"lease {lease.key} could not be renewed for {lease.ttl_s} s"
+                ) from error
+            log.warning("lease not renewed yet: %s", error)
 
 
 class Leader:
@@ -125,6 +155,8 @@ class Leader:
         self._placement = Writer(Bucket(bus, names.BUCKET_PLACEMENT, PlacementRecord))
         self._published: dict[str, DeploymentRecord] = {}
         self._created_at = int(time.time())
+        self._undo: list[Hook] = []  # of what we listen to
+        self._lately: deque[tuple[float, Input]] = deque(maxlen=_NUM_REMEMBERED)
 
     @property
     def writers(self) -> tuple[Writer[DeploymentRecord], Writer[PlacementRecord]]:
@@ -135,18 +167,43 @@ class Leader:
         await self._forget_removed_models()
         for spec in self._settings.model_specs():
             self._inputs.put_nowait(DeploymentAdded(spec))
-        await self._bus.subscribe_raw(names.demand_subject(), self._on_demand)
-        await self._bus.subscribe(f"{names.PREFIX}.events.>", Event, self._on_event)
-        await self._bus.subscribe(names.status_subject(), AgentStatus, self._on_status)
-        leases = Bucket(self._bus, names.BUCKET_LEASES, LeaseRecord)
-        await leases.watch(self._on_lease)
+        bus, leases = self._bus, Bucket(self._bus, names.BUCKET_LEASES, LeaseRecord)
+        undo = self._undo.append
+        undo(await bus.subscribe_raw(names.demand_subject(), self._on_demand))
+        undo(await bus.subscribe(f"{names.PREFIX}.events.>", Event, self._on_event))
+        undo(await bus.subscribe(names.status_subject(), AgentStatus, self._on_status))
+        undo(await leases.watch(self._on_lease))
         while True:
             event = await self._inputs.get()
             now = time.time()
-            for command in decide(self.state, event, now):
+            self._lately.append((now, event))
+            for command in self._decide(event, now):
                 await self._execute(command, now)
             self._spans.observe(event, now)
             self._publish_deployments()
+
+    async def close(self) -> None:
+        """Listen no more: the next leader in this process has a state of its own."""
+        for undo in self._undo:
+            await undo()
+        self._spans.close(time.time())
+
+    def _decide(self, event: Input, now: float) -> list[Command]:
+        try:
+            return decide(self.state, event, now)
+        except Exception:
+            log.critical("decide failed; the scheduler ends\n%s", self._story())
+            raise
+
+    def _story(self) -> str:
+        """What led here: the last inputs, and each replica's recent life."""
+        lines = [f"the last {len(self._lately)} inputs, newest last:"]
+        lines += [f"  {at:.3f} {msgspec.json.encode(event).decode()}" for at, event in self._lately]
+        for agent in self.state.agents.values():
+            for replica in agent.replicas.values():
+                lines.append(f"{replica.life.name}: {replica.state}, pending {replica.pending}")
+                lines += [f"  {line}" for line in replica.life.history]
+        return "\n".join(lines)
 
     async def tick(self) -> None:
         while True:
@@ -197,7 +254,10 @@ class Leader:
             "%s %s on %s (generation %d)", kind, command.model, command.gpu, command.generation
         )
         with self._spans.around(command, now):
-            await self._bus.publish(names.command_subject(command.gpu), command)
+            try:
+                await self._bus.publish(names.command_subject(command.gpu), command)
+            except BusError as error:  # `decide` repeats what stays unanswered
+                log.error("the command was lost: %s", error)
         record = PlacementRecord(
             gpu=command.gpu,
             model=command.model,

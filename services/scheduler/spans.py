@@ -24,6 +24,7 @@ from services import telemetry
 from services.scheduler.inputs import Input
 
 _MOST_REMEMBERED = 50_000
+_MOST_OPEN = 1_000  # spans of waiters whose end nobody told us must not pile up
 
 
 class SwitchSpans:
@@ -31,7 +32,8 @@ class SwitchSpans:
 
     def __init__(self) -> None:
         self._contexts: OrderedDict[str, Context] = OrderedDict()
-        self._open: dict[str, tuple[str, trace.Span]] = {}  # request id -> (waiting model, span)
+        # request id -> (the model it waits for, as far as known, and its span)
+        self._open: OrderedDict[str, tuple[str, trace.Span]] = OrderedDict()
 
     def remember(self, request_id: str, headers: Mapping[str, str]) -> None:
         """The trace context that came with a demand."""
@@ -59,6 +61,8 @@ class SwitchSpans:
                 },
             )
             self._open[request_id] = ("", span)
+            while len(self._open) > _MOST_OPEN:
+                self._end(next(iter(self._open)), now, "nobody told how it ended")
         _, span = self._open[request_id]
         if not isinstance(command, SwapOut):
             span.set_attribute(telemetry.ATTR_MODEL, command.model)
@@ -79,6 +83,11 @@ class SwitchSpans:
                     self._end(event.request_id, now)
             case _:
                 pass
+
+    def close(self, now: float) -> None:
+        """End what is open: another leader goes on with it."""
+        for request_id in list(self._open):
+            self._end(request_id, now, "this scheduler leads no more")
 
     def _end_model(self, model: str, now: float, error: str = "") -> None:
         for request_id, (waiting_for, _) in list(self._open.items()):

@@ -1,0 +1,141 @@
+"""An engine worker without an engine: the protocol of `services.gpu_agent.ipc`, by script.
+
+    python fake_worker.py FD
+
+What a model does follows from its source, what a request does from its prompt:
+
+    source  "broken"     can not be registered
+            "too-large"  can not be swapped in
+    prompt  "hold"       gives one token, then waits for SIGUSR1 (go on) or Cancel
+            /a/file      like "hold", unless that file exists: then one token, and done
+            "die"        kills the process
+            N            gives N tokens and ends
+
+FAKE_LINGER_S: how long it takes to end once its socket is closed. FAKE_DIARY: a file that
+gets "PID begins" and "PID ends".
+"""
+
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from schemas.requests import GenerateRequest, TextPrompt
+from schemas.state import ModelFacts, ModelSpec, SwapTrace
+from services.gpu_agent import ipc
+
+PAGE_BYTES = 4096
+BUDGET_BYTES = 100 * PAGE_BYTES
+
+
+class FakeWorker:
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._specs: dict[str, ModelSpec] = {}
+        self._resident: set[str] = set()
+        self._held: list[GenerateRequest] = []
+
+    def run(self) -> None:
+        wake_read, wake_write = os.pipe()
+        for end in (wake_read, wake_write):
+            os.set_blocking(end, False)
+        signal.signal(signal.SIGUSR1, lambda *_: None)
+        signal.set_wakeup_fd(wake_write)
+        self._say(ipc.Ready("cpu", "fake", PAGE_BYTES, BUDGET_BYTES))
+        frames = ipc.FrameReader()
+        while True:
+            readable, _, _ = select.select([self._sock.fileno(), wake_read], [], [])
+            if wake_read in readable:
+                os.read(wake_read, 100)
+                self._release()
+            if self._sock.fileno() in readable:
+                data = self._sock.recv(1 << 16)
+                if not data:
+                    return
+                for body in frames.feed(data):
+                    message = ipc.to_worker_decoder.decode(body)
+                    if isinstance(message, ipc.Shutdown):
+                        return
+                    self._handle(message)
+
+    def _say(self, *messages: ipc.FromWorker) -> None:
+        self._sock.sendall(b"".join(map(ipc.frame, messages)))
+
+    @property
+    def _used_bytes(self) -> int:
+        return 2 * PAGE_BYTES * len(self._resident)
+
+    def _handle(self, message: ipc.ToWorker) -> None:
+        trace = SwapTrace(started_at=time.time(), total_s=0.001, copy_s=0.001, num_bytes=PAGE_BYTES)
+        match message:
+            case ipc.Register(spec) if spec.source == "broken":
+                self._say(ipc.OpFailed(spec.name, "register", "no safetensors file"))
+            case ipc.Register(spec):
+                self._specs[spec.name] = spec
+                facts = ModelFacts(
+                    "Fake", "float32", 1, PAGE_BYTES, PAGE_BYTES, 512, spec.max_batch
+                )
+                self._say(ipc.Registered(spec.name, facts))
+            case ipc.Load(model):
+                self._say(ipc.LoadProgress(model, 1, 2), ipc.Loaded(model, PAGE_BYTES, 0.01))
+            case ipc.SwapIn(model) if self._specs[model].source == "too-large":
+                self._say(ipc.OpFailed(model, "swap_in", "OutOfPages: 3 needed, 2 free"))
+            case ipc.SwapIn(model):
+                self._resident.add(model)
+                self._say(ipc.SwappedIn(model, trace, self._used_bytes))
+            case ipc.SwapOut(model):
+                self._resident.discard(model)
+                self._say(ipc.SwappedOut(model, trace, self._used_bytes))
+            case ipc.Submit(request):
+                self._submit(request)
+            case ipc.Cancel(request_id):
+                for request in [r for r in self._held if r.request_id == request_id]:
+                    self._held.remove(request)
+                    self._say(ipc.Broke(request_id, "cancelled", "cancelled"))
+            case ipc.Shutdown():
+                pass
+
+    def _submit(self, request: GenerateRequest) -> None:
+        name = request.request_id
+        if request.model not in self._resident:
+            self._say(ipc.Broke(name, "model_unavailable", f"{request.model} is not resident"))
+            return
+        assert isinstance(request.prompt, TextPrompt)
+        self._say(ipc.Begun(name, 3, time.time()))
+        match request.prompt.text:
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case text if text == "hold" or (text[0] == "/" and not Path(text).exists()):
+                self._say(ipc.Produced(name, 0, (100,), "t0 "))
+                self._held.append(request)
+            case text:
+                self._answer(request, 0, int(text) if text.isdigit() else 1)
+
+    def _release(self) -> None:
+        for request in self._held:
+            self._answer(request, 1, 2)
+        self._held.clear()
+
+    def _answer(self, request: GenerateRequest, first: int, count: int) -> None:
+        name = request.request_id
+        for i in range(first, count):
+            self._say(ipc.Produced(name, i, (100 + i,), f"t{i} "))
+        self._say(ipc.Done(name, "length", 3, count, prefill_s=0.001, decode_s=0.001))
+
+
+def note(what: str) -> None:
+    if diary := os.environ.get("FAKE_DIARY"):
+        with Path(diary).open("a") as out:
+            out.write(f"{os.getpid()} {what}\n")
+
+
+if __name__ == "__main__":
+    note("begins")
+    FakeWorker(socket.socket(fileno=int(sys.argv[1]))).run()
+    time.sleep(float(os.environ.get("FAKE_LINGER_S", "0")))
+    note("ends")

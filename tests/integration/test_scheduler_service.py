@@ -1,0 +1,276 @@
+"""The scheduler's service over a real nats-server, with a scripted agent."""
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from schemas import names
+from schemas.commands import Command, Load, SwapIn, SwapOut
+from schemas.events import LeaderElected, RequestEnded
+from schemas.requests import GenerateRequest, SamplingParams, TextPrompt
+from schemas.state import DeploymentRecord, LeaseRecord, PlacementRecord
+from services import telemetry
+from services.bus import Bucket, Bus, WorkQueue
+from services.scheduler import service
+from services.scheduler.decide import decide
+from services.scheduler.inputs import Demand, Input
+from services.scheduler.state import ClusterState
+from services.settings import ModelSettings, SchedulerSettings, Settings, dump
+from tests.integration.agent_kit import Watcher, connected, eventually
+from tests.integration.nats_process import NatsServer
+from tests.integration.scripted_gpu import GPU, ScriptedGpu
+
+TTL_S = 1
+SETTINGS = Settings(
+    scheduler=SchedulerSettings(lease_ttl_s=TTL_S, run_quantum_s=0.05, reconcile_s=0.2),
+    models={"a": ModelSettings(source="/models/a"), "b": ModelSettings(source="/models/b")},
+)
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    """Finished spans of this test alone: the global provider can be set only once."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(telemetry, "tracer", provider.get_tracer("test"))
+    return exporter
+
+
+class Cluster:
+    """One scheduler in this process, one GPU, and an api's voice."""
+
+    def __init__(self, nats: NatsServer, buses: dict[str, Bus], watcher: Watcher) -> None:
+        self.nats = nats
+        self.admin = buses["admin"]
+        self.events = watcher.events
+        self.gpu = ScriptedGpu(buses["agent"])
+        self.queue = WorkQueue(buses["api"])
+        self.stop = asyncio.Event()
+        self.scheduler: asyncio.Task[None] | None = None
+
+    def start_scheduler(self) -> None:
+        options = self.nats.credentials["scheduler"]
+        self.scheduler = asyncio.create_task(service.run(SETTINGS, options, stop=self.stop))
+
+    async def are_loaded(self) -> None:
+        for model in SETTINGS.models:
+            await self.gpu.commands.until(Load, model=model)
+
+    async def ask(self, name: str, model: str) -> trace.SpanContext:
+        """Queue a request under a span of its own; returns that span's context."""
+        outer = trace.SpanContext(
+            trace_id=hash(name) % 2**128 or 1,
+            span_id=7,
+            is_remote=False,
+            trace_flags=trace.TraceFlags(trace.TraceFlags.SAMPLED),
+        )
+        now = time.time()
+        request = GenerateRequest(
+            name,
+            model,
+            "interactive",
+            TextPrompt("x"),
+            SamplingParams(seed=1),
+            "_INBOX_api.none",
+            now,
+            now + 60,
+        )
+        with trace.use_span(trace.NonRecordingSpan(outer)):
+            await self.queue.enqueue(request)
+        return outer
+
+    async def leader(self, after: int = 0) -> LeaderElected:
+        return await self.events.until(LeaderElected, after)
+
+
+@pytest.fixture
+async def cluster(nats_server: NatsServer, spans: InMemorySpanExporter) -> AsyncIterator[Cluster]:
+    async with connected(nats_server, "admin", "agent", "api") as buses:
+        watcher = Watcher(buses["admin"])
+        await watcher.start()
+        cluster = Cluster(nats_server, buses, watcher)
+        await cluster.gpu.start()
+        yield cluster
+        cluster.stop.set()
+        if cluster.scheduler and not cluster.scheduler.done():
+            await asyncio.wait_for(cluster.scheduler, 15)
+        await cluster.gpu.stop()
+
+
+def records(bucket: Bucket[PlacementRecord]) -> Callable[[dict[str, str]], Awaitable[None]]:
+    async def are(expected: dict[str, str]) -> None:
+        async def check() -> bool:
+            return {r.model: r.desired for r in (await bucket.items()).values()} == expected
+
+        await eventually(check, f"placement {expected}")
+
+    return are
+
+
+async def test_demand_brings_a_model_in(cluster: Cluster, spans: InMemorySpanExporter) -> None:
+    cluster.start_scheduler()
+    await cluster.are_loaded()
+    first = await cluster.ask("r1", "a")
+    await cluster.events.until(RequestEnded, request_id="r1")
+    second = await cluster.ask("r2", "b")
+    await cluster.events.until(RequestEnded, request_id="r2")
+    swaps = [m for m in cluster.gpu.messages if isinstance(m.body, SwapIn | SwapOut)]
+    assert [(type(m.body), m.body.model, m.body.request_id) for m in swaps] == [  # type: ignore[union-attr]
+        (SwapIn, "a", "r1"),
+        (SwapOut, "a", "r2"),
+        (SwapIn, "b", "r2"),
+    ]
+
+    async def both_ended() -> bool:
+        return len(spans.get_finished_spans()) == 2
+
+    await eventually(both_ended, "two spans")
+    for outer, name, carried in ((first, "r1", swaps[:1]), (second, "r2", swaps[1:])):
+        (span,) = [
+            s
+            for s in spans.get_finished_spans()
+            if (s.attributes or {})["hotswap.request_id"] == name
+        ]
+        assert span.name == telemetry.SPAN_SWITCH
+        assert span.parent is not None
+        assert (span.parent.trace_id, span.parent.span_id) == (outer.trace_id, outer.span_id)
+        assert span.attributes
+        assert span.attributes["hotswap.model"] == {"r1": "a", "r2": "b"}[name]
+        assert span.context is not None
+        for message in carried:
+            theirs = trace.get_current_span(message.context).get_span_context()
+            assert (theirs.trace_id, theirs.span_id) == (
+                span.context.trace_id,
+                span.context.span_id,
+            )
+
+
+async def test_what_is_wanted_and_what_users_are_told(cluster: Cluster) -> None:
+    cluster.start_scheduler()
+    await cluster.are_loaded()
+    await cluster.ask("r1", "a")
+    await cluster.events.until(RequestEnded, request_id="r1")
+    are = records(Bucket(cluster.admin, names.BUCKET_PLACEMENT, PlacementRecord))
+    await are({"a": "resident", "b": "host"})
+    deployments = Bucket(cluster.admin, names.BUCKET_MODELS, DeploymentRecord)
+
+    async def are_ready() -> bool:
+        found = {r.spec.name: r.status for r in (await deployments.items()).values()}
+        return found == {"a": "ready", "b": "ready"}
+
+    await eventually(are_ready, "ready deployments")
+
+
+async def test_a_standby_takes_over_after_kill_9(cluster: Cluster, tmp_path: Path) -> None:
+    config = tmp_path / "hotswap.toml"
+    config.write_text(dump(SETTINGS))
+    creds = cluster.nats.plan.credential_files["scheduler"]
+    command = [sys.executable, "-m", "services.cli", "scheduler"]
+    first = await asyncio.create_subprocess_exec(
+        *command, "--config", str(config), "--creds", str(creds)
+    )
+    old = await cluster.leader()
+    await cluster.are_loaded()
+    await cluster.ask("r1", "a")
+    await cluster.events.until(RequestEnded, request_id="r1")
+    cluster.start_scheduler()
+    seen = len(cluster.events.items)
+    first.kill()
+    killed_at = time.monotonic()
+    new = await cluster.leader(seen)
+    assert time.monotonic() - killed_at < TTL_S + 3
+    assert new.epoch > old.epoch
+    await cluster.ask("r2", "b")
+    await cluster.events.until(RequestEnded, request_id="r2")
+    assert cluster.gpu.commands.all(SwapIn, model="b")[0].epoch == new.epoch
+    await first.wait()
+
+
+async def has_stepped_down(caplog: pytest.LogCaptureFixture) -> None:
+    async def check() -> bool:
+        return "stepping down" in caplog.text
+
+    await eventually(check, "the leader to step down")
+
+
+async def test_a_leader_that_lost_its_lease_stands_by(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster.start_scheduler()
+    await cluster.are_loaded()
+    old = await cluster.leader()
+    leases = Bucket(cluster.admin, names.BUCKET_LEASES, LeaseRecord)
+    await leases.put(names.LEADER_KEY, LeaseRecord(holder="another"))
+    await has_stepped_down(caplog)
+    await cluster.ask("r1", "b")  # nobody's business now
+    seen = len(cluster.events.items)
+    await leases.delete(names.LEADER_KEY)
+    new = await cluster.leader(seen)
+    assert new.epoch > old.epoch
+    assert new.holder != old.holder
+    await cluster.events.until(RequestEnded, request_id="r1")
+    assert [swap.epoch for swap in cluster.gpu.commands.all(SwapIn, model="b")] == [new.epoch]
+
+
+async def test_a_leader_that_can_not_renew_steps_down(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster.start_scheduler()
+    await cluster.are_loaded()
+    seen = len(cluster.events.items)
+    await asyncio.to_thread(cluster.nats.kill)
+    await has_stepped_down(caplog)
+    await asyncio.to_thread(cluster.nats.start)
+    await cluster.leader(seen)
+    await cluster.ask("r1", "a")
+    await cluster.events.until(RequestEnded, request_id="r1")
+
+
+async def test_a_defect_in_decide_ends_the_process_with_its_story(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(state: ClusterState, event: Input, now: float) -> list[Command]:
+        if isinstance(event, Demand):
+            raise ZeroDivisionError("a defect")
+        return decide(state, event, now)
+
+    monkeypatch.setattr(service, "decide", broken)
+    cluster.start_scheduler()
+    await cluster.are_loaded()
+    await cluster.ask("r1", "a")
+    assert cluster.scheduler
+    with caplog.at_level(logging.CRITICAL), pytest.raises(ZeroDivisionError):
+        await asyncio.wait_for(asyncio.shield(cluster.scheduler), 10)
+    (record,) = [r for r in caplog.records if r.levelno == logging.CRITICAL]
+    story = record.getMessage()
+    assert '"request_id":"r1"' in story
+    assert f"{GPU}/a: host" in story
+    assert "--load-->" in story
+
+
+async def test_stop_without_a_server(cluster: Cluster) -> None:
+    cluster.start_scheduler()
+    await cluster.leader()
+    cluster.nats.kill()
+    began = time.monotonic()
+    cluster.stop.set()
+    assert cluster.scheduler
+    await cluster.scheduler
+    waiting = asyncio.create_task(
+        service.run(SETTINGS, cluster.nats.credentials["scheduler"], stop=(late := asyncio.Event()))
+    )
+    await asyncio.sleep(0)
+    late.set()
+    await waiting
+    assert time.monotonic() - began < 5
+    cluster.nats.start()
