@@ -58,7 +58,7 @@ def write_config(
     store_dir: Path | None = None,
     advertised_host: str | None = None,
 ) -> NatsPlan:
-    """Fill the template into ``folder`` and one credentials file per user.
+    """Fill the template into ``folder``, and write a .json and a .env credentials file per user.
 
     Passwords of an earlier run are kept, so that whoever holds a credentials file can go on
     using it. Everything is readable by the owner only.
@@ -73,7 +73,11 @@ def write_config(
         for user, path in files.items()
     }
     for user, path in files.items():
-        _write_private(path, msgspec.json.format(msgspec.json.encode(credentials[user])))
+        options = credentials[user]
+        _write_private(path, msgspec.json.format(msgspec.json.encode(options)))
+        # The same for the nats command line, which reads these variables.
+        env = f"NATS_URL={url}\nNATS_USER={user}\nNATS_PASSWORD={options.password}\n"
+        _write_private(path.with_suffix(".env"), env.encode())
     template = resources.files("deploy").joinpath("nats-server.conf.template").read_text()
     text = jinja2.Template(template, undefined=jinja2.StrictUndefined).render(
         server_name="hotswap",

@@ -85,7 +85,7 @@ def show(folder: Path, trace_id: str | None, last: int) -> None:
         tree = Tree(f"[bold]trace {tid}[/bold]")
         missing: dict[str, Tree] = {}
         for root in roots:
-            _grow(_below(tree, root.parent_id, missing), root, start)
+            _grow(_below(tree, root.parent_id, missing), root, start, {})
         console.print(tree)
 
 
@@ -105,11 +105,12 @@ def _is_request(roots: list[Span]) -> bool:
     return any(root.name.startswith("POST ") for root in roots)
 
 
-def _grow(tree: Tree, span: Span, start: float) -> None:
+def _grow(tree: Tree, span: Span, start: float, said: dict[str, str | int | float]) -> None:
+    """Add ``span`` and those below it. ``said``: attributes that a line above shows already."""
     facts = [
         f"{key.removeprefix('hotswap.')}={_short(value)}"
         for key, value in span.attributes.items()
-        if key.startswith("hotswap.") and value not in ("", 0, 0.0)
+        if key.startswith("hotswap.") and value not in ("", 0, 0.0) and said.get(key) != value
     ]
     notes = [span.service, ", ".join(facts)] if facts else [span.service]
     branch = tree.add(
@@ -117,7 +118,7 @@ def _grow(tree: Tree, span: Span, start: float) -> None:
         f"  [dim]at +{(span.start - start) * 1e3:.1f} ms, {escape('; '.join(notes))}[/dim]"
     )
     for child in span.children:
-        _grow(branch, child, start)
+        _grow(branch, child, start, {**said, **span.attributes})
 
 
 def _short(value: str | int | float) -> str:

@@ -229,3 +229,13 @@ def test_pins_are_exact_and_leave_torch_to_itself() -> None:
     for package, version in (runtime | dev).items():
         assert re.fullmatch(r"[0-9][0-9a-z.]*", version), f"{package}=={version}"
         assert package == "nvidia-ml-py" or not package.startswith(("torch", "nvidia-", "triton"))
+
+
+def test_nats_command_line_variables_are_written_and_private(tmp_path: Path) -> None:
+    plan = nats_server.write_config(tmp_path / "nats", port=4999)
+    text = (tmp_path / "nats" / "admin.env").read_text()
+    admin = plan.credentials["admin"]
+    assert text == f"NATS_URL={admin.url}\nNATS_USER=admin\nNATS_PASSWORD={admin.password}\n"
+    assert (tmp_path / "nats" / "admin.env").stat().st_mode & 0o077 == 0
+    again = nats_server.write_config(tmp_path / "nats", port=4999)
+    assert again.credentials == plan.credentials  # passwords survive a restart
