@@ -1,0 +1,121 @@
+"""A readable way to tell `decide` what happened and to name what it commands.
+
+Sizes are MiB. A `Story` answers nothing by itself: each test says what agents report.
+`validate` runs after every input.
+"""
+
+from schemas.commands import Command
+from schemas.events import (
+    CommandFailed,
+    ModelLoaded,
+    ModelRegistered,
+    RequestEnded,
+    RequestStarted,
+    SwapInCompleted,
+    SwapOutCompleted,
+)
+from schemas.state import (
+    AgentStatus,
+    ModelFacts,
+    ModelSpec,
+    ReplicaState,
+    ReplicaStatus,
+    SwapTrace,
+)
+from schemas.stream import RequestTiming
+from services.scheduler.decide import decide
+from services.scheduler.inputs import (
+    Demand,
+    DeploymentAdded,
+    Input,
+    Tick,
+)
+from services.scheduler.lifecycle import CommandKind
+from services.scheduler.replica import Replica
+from services.scheduler.state import MIB, ClusterState
+
+EPOCH = 3
+GPU = "gpu0"
+
+
+def spec(model: str, preload: bool = False) -> ModelSpec:
+    return ModelSpec(model, f"/models/{model}", preload=preload)
+
+
+def facts(weights: int, kv: int = 0) -> ModelFacts:
+    return ModelFacts("Llama", "bfloat16", 1, weights * MIB, kv * MIB, 2048, 8)
+
+
+class Story:
+    def __init__(self) -> None:
+        self.state = ClusterState(EPOCH)
+        self.now = 1000.0
+
+    def tell(self, event: Input, after: float = 0.0) -> list[Command]:
+        self.now += after
+        commands = decide(self.state, event, self.now)
+        self.state.validate()
+        return commands
+
+    def replica(self, model: str, gpu: str = GPU) -> Replica:
+        return self.state.agents[gpu].replicas[model]
+
+    # -- what may be told ------------------------------------------------------------------
+
+    def tick(self, after: float = 0.0) -> list[Command]:
+        """Time passes, and healthy agents were heard meanwhile."""
+        for agent in self.state.agents.values():
+            agent.seen_at = self.now + after
+        return self.tell(Tick(), after)
+
+    def status(
+        self,
+        *replicas: ReplicaStatus,
+        gpu: str = GPU,
+        budget: int = 100,
+        instance: str = "i1",
+        pid: int = 10,
+    ) -> list[Command]:
+        return self.tell(
+            AgentStatus(gpu, instance, pid, "cpu", "cpu", budget * MIB, 0, 1, replicas)
+        )
+
+    def demand(self, request_id: str, model: str, at: float | None = None) -> list[Command]:
+        at = self.now if at is None else at
+        return self.tell(Demand(request_id, model, "interactive", at))
+
+    def registered(self, model: str, size: int, generation: int = 1) -> list[Command]:
+        return self.tell(ModelRegistered(GPU, model, generation, self.now, facts(size)))
+
+    def loaded(self, model: str, generation: int) -> list[Command]:
+        return self.tell(ModelLoaded(GPU, model, generation, self.now, 1, 0.1))
+
+    def swapped_in(self, model: str, generation: int) -> list[Command]:
+        return self.tell(SwapInCompleted(GPU, model, generation, self.now, SwapTrace(0.0)))
+
+    def swapped_out(self, model: str, generation: int) -> list[Command]:
+        return self.tell(SwapOutCompleted(GPU, model, generation, self.now, SwapTrace(0.0)))
+
+    def failed(self, model: str, generation: int, kind: CommandKind) -> list[Command]:
+        return self.tell(CommandFailed(GPU, model, generation, self.now, kind, f"{kind} broke"))
+
+    def started(self, request_id: str, model: str) -> list[Command]:
+        return self.tell(RequestStarted(GPU, model, request_id, self.now, 1, 0.0))
+
+    def ended(self, request_id: str, model: str) -> list[Command]:
+        timing = RequestTiming()
+        return self.tell(RequestEnded(GPU, model, request_id, self.now, "stop", 1, 1, timing))
+
+
+def on(model: str, state: ReplicaState, size: int, generation: int = 1, in_flight: int = 0,
+       reason: str = "") -> ReplicaStatus:  # fmt: skip
+    return ReplicaStatus(model, state, generation, in_flight, facts(size), reason)
+
+
+def running(*replicas: ReplicaStatus, budget: int = 100) -> Story:
+    """An agent with these replicas, their deployments known."""
+    story = Story()
+    for replica in replicas:
+        story.tell(DeploymentAdded(spec(replica.model)))
+    assert story.status(*replicas, budget=budget) == []
+    return story
