@@ -68,10 +68,6 @@ class Relay:
         self._unsubscribe: Hook | None = None
         self._undo_hook: Callable[[], None] | None = None
 
-    @property
-    def num_open(self) -> int:
-        return len(self._calls)
-
     async def start(self) -> None:
         """Listen for replies. After this, `open` may be called."""
         self._unsubscribe = await self._bus.subscribe_raw(f"{self._bus.inbox}.r.*", self._on_reply)

@@ -157,9 +157,6 @@ class Lifecycle:
         """The last moves, oldest first, as text."""
         return list(self._history)
 
-    def can_move(self, cause: Cause) -> bool:
-        return cause in TRANSITIONS[self._state]
-
     def move(self, cause: Cause, now: float, why: str = "") -> None:
         """Follow the table. Raises `InvalidTransition` where it has no such row."""
         target = TRANSITIONS[self._state].get(cause)
