@@ -34,8 +34,6 @@ SPAN_DECODE = "request.decode"
 ATTR_REQUEST = "hotswap.request_id"
 ATTR_MODEL = "hotswap.model"
 ATTR_GPU = "hotswap.gpu"
-ATTR_BYTES = "hotswap.num_bytes"
-ATTR_RATE = "hotswap.gb_per_s"
 
 _EXPORT_DELAY_MS = 250
 

@@ -29,6 +29,7 @@ from services.bus import BusError
 from services.demo.client import DemoClient, Measurement
 from services.demo.models import make_demo_models, prompt_of
 from services.ops import stack
+from services.ops.nats_server import free_port
 from services.ops.stack import StackError
 from services.ops.supervisor import Supervisor, stop_on_signals
 from services.settings import GpuSettings, ModelSettings, Settings
@@ -140,17 +141,11 @@ def _config(folder: Path, models: list[Path], budget_bytes: int) -> Settings:
     return msgspec.structs.replace(
         Settings(),
         state_dir=str(folder / "state"),
-        api=settings.ApiSettings(port=_free_port(8000)),
+        api=settings.ApiSettings(port=free_port(8000)),
         gpus=(GpuSettings(name="cpu0", device="cpu", memory=f"{budget_bytes}B"),),
         telemetry=settings.TelemetrySettings(log_level="info"),
         models={model.name: ModelSettings(source=str(model), preload=False) for model in models},
     )
-
-
-def _free_port(preferred: int) -> int:
-    from services.ops.nats_server import free_port
-
-    return free_port(preferred)
 
 
 def _weight_bytes(folder: Path) -> int:

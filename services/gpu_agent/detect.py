@@ -1,16 +1,13 @@
 """What GPUs this machine has, by NVML alone: cheap enough for every command line."""
 
+import pynvml
+
 from services.settings import GpuSettings
 
 
 def count_gpus() -> int:
-    """NVIDIA GPUs that NVML finds; 0 where there is no driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return 0
+    """NVIDIA GPUs that NVML finds. Raises NVMLError where there is no driver."""
+    pynvml.nvmlInit()
     try:
         return int(pynvml.nvmlDeviceGetCount())
     finally:
@@ -19,7 +16,9 @@ def count_gpus() -> int:
 
 def detect_gpus() -> list[GpuSettings]:
     """One entry per GPU; without any, the CPU as a device."""
-    found = [
-        GpuSettings(name=f"gpu{index}", device="cuda", index=index) for index in range(count_gpus())
-    ]
+    try:
+        count = count_gpus()
+    except pynvml.NVMLError:
+        count = 0
+    found = [GpuSettings(name=f"gpu{i}", device="cuda", index=i) for i in range(count)]
     return found or [GpuSettings(name="cpu0", device="cpu")]

@@ -4,9 +4,11 @@ import importlib
 import logging
 from typing import Final, Literal
 
+import pynvml
 import torch
 
 from services.gpu_agent import device_cpu, device_cuda
+from services.gpu_agent.detect import count_gpus
 from services.gpu_agent.pages import DeviceError, PagePool
 
 logger = logging.getLogger(__name__)
@@ -54,15 +56,7 @@ def open_pool(
 def why_no_cuda(index: int) -> str:
     """Why CUDA device ``index`` can not be used, as half a sentence; "" where it can."""
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        try:
-            count = pynvml.nvmlDeviceGetCount()
-        finally:
-            pynvml.nvmlShutdown()
-    except ImportError:
-        return "pynvml (package nvidia-ml-py) is not installed"
+        count = count_gpus()
     except pynvml.NVMLError as error:
         return f"NVML finds no NVIDIA driver ({error})"
     if index >= count:

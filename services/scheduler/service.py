@@ -53,8 +53,6 @@ STANDBY_POLL_S = 0.05
 _STANDBY_RETRY_S = 0.5  # where the server does not answer
 _NUM_REMEMBERED = 50  # inputs, for the story when `decide` fails
 
-_DESIRED = {"Register": "cold", "Load": "host", "SwapIn": "resident", "SwapOut": "host"}
-
 
 async def run(settings: Settings, options: BusOptions, *, stop: asyncio.Event) -> None:
     """Stand by, lead, stand by again where the lease is lost, until ``stop`` is set."""
@@ -261,7 +259,7 @@ class Leader:
         record = PlacementRecord(
             gpu=command.gpu,
             model=command.model,
-            desired=_DESIRED[kind],  # type: ignore[arg-type]
+            desired=self.state.agents[command.gpu].replicas[command.model].desired,
             generation=command.generation,
             epoch=command.epoch,
         )
