@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from schemas.state import ModelSpec
-from services.demo.models import DemoModel, demo_configs, make_weights
+from services.demo.models import DemoModel, demo_configs, make_weights, train_tokenizer
 
 KV_TOKENS = 512
 
@@ -36,10 +36,15 @@ def wide() -> DemoModel:
     return DemoModel("wide", 22, demo_configs()[0].config)
 
 
-def write(model: DemoModel, folder: Path) -> ModelSpec:
+def write(model: DemoModel, folder: Path, kv_tokens: int = KV_TOKENS) -> ModelSpec:
     """Write ``model`` (no tokenizer) below ``folder``, and give how to deploy it."""
     place = folder / model.name
     model.config.save_pretrained(place)
     weights = make_weights(model, quiet_ids=[])
     save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
-    return ModelSpec(name=model.name, source=str(place), kv_tokens=KV_TOKENS)
+    return ModelSpec(name=model.name, source=str(place), kv_tokens=kv_tokens)
+
+
+def write_tokenizer(place: Path) -> None:
+    """Write the demo's tokenizer into a model's folder, for engines that want one."""
+    train_tokenizer().save_pretrained(place)

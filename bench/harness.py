@@ -146,19 +146,25 @@ class Bench:
         self._console.print(f"[bold]{name}[/]: {about}")
 
     def round_robin(
-        self, variants: Mapping[str, Variant], *, unit: str = "s", warmup: int = 1
+        self,
+        variants: Mapping[str, Variant],
+        *,
+        unit: str = "s",
+        warmup: int = 1,
+        rounds: int | None = None,
     ) -> dict[str, Samples]:
         """Run the variants in turns, and return the samples of each.
 
         A variant that returns a number reports that figure, in ``unit``; one that returns
         None is timed from outside, in seconds. Each runs ``warmup`` times unrecorded first.
+        ``rounds``: of this comparison, where its variants take long.
         """
         for variant in variants.values():
             for _ in range(warmup):
                 variant()
         taken: dict[str, list[float]] = {name: [] for name in variants}
         order = list(variants)
-        for done in range(self.rounds):
+        for done in range(min(rounds or self.rounds, self.rounds)):
             if self.quick and done >= MIN_ROUNDS and self._elapsed_s() > QUICK_BUDGET_S:
                 self._console.print(f"--quick: stopped after {done} of {self.rounds} rounds")
                 break

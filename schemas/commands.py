@@ -33,17 +33,23 @@ class Load(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.load"):
 
 
 class SwapIn(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.swap_in"):
-    """Host image -> device memory, then pull requests."""
+    """Host image -> device memory; requests are pulled while it arrives."""
 
     gpu: str
     model: str
     epoch: int
     generation: int
     request_id: str = ""
+    # Unix seconds; 0: nobody waits any more.
+    waiting_since: float = 0.0  # when the earliest waiter entered the queue
+    decided_at: float = 0.0  # when the first command for its switch was given
 
 
 class SwapOut(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.swap_out"):
-    """Stop pulling, let what is in flight end, drop the device memory."""
+    """Stop pulling, let what is in flight end, drop the device memory.
+
+    During a swap-in that nobody waits for any more, it calls the swap-in off.
+    """
 
     gpu: str
     model: str

@@ -51,12 +51,23 @@ class ModelLoaded(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.model_loade
     load_s: float
 
 
+class ModelUnloaded(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.model_unloaded"):
+    """Its host image made room for another model's; the next use loads it again."""
+
+    gpu: str
+    model: str
+    generation: int
+    at: float
+    num_bytes: int
+
+
 class LoadProgressed(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.load_progressed"):
     gpu: str
     model: str
     at: float
     done_bytes: int
     total_bytes: int
+    gb_per_s: float = 0.0  # since the load began
 
 
 class SwapInCompleted(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.swap_in_completed"):
@@ -67,12 +78,64 @@ class SwapInCompleted(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.swap_in
     trace: SwapTrace
 
 
+class SwapInCancelled(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.swap_in_cancelled"):
+    """Called off before its end; its SwapOutCompleted follows.
+
+    What had arrived stays on the device until the pages are needed.
+    """
+
+    gpu: str
+    model: str
+    generation: int
+    at: float
+    trace: SwapTrace
+
+
+class FirstTokenSent(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.first_token_sent"):
+    """The first token after a swap-in left; times count from the begin of the swap-in."""
+
+    gpu: str
+    model: str
+    generation: int
+    at: float
+    request_id: str
+    prompt_tokens: int
+    first_token_s: float
+    swap_s: float  # until all weights were there
+
+
 class SwapOutCompleted(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.swap_out_completed"):
     gpu: str
     model: str
     generation: int
     at: float
     trace: SwapTrace
+
+
+class VerificationFailed(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.verification_failed"):
+    """Weights are not what was loaded.
+
+    The replica fails, its host image is dropped, and no token computed from it leaves; its
+    requests go back to the queue. Where a swap-in was under way, its CommandFailed follows.
+    """
+
+    gpu: str
+    model: str
+    generation: int
+    at: float
+    check: Literal["page", "canary"]
+    reason: str
+
+
+class ModelVerified(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.model_verified"):
+    """Every page was checked on demand, and is what was loaded."""
+
+    gpu: str
+    model: str
+    at: float
+    num_pages: int
+    num_bytes: int
+    verify_s: float
 
 
 class CommandFailed(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.command_failed"):
@@ -141,9 +204,14 @@ AgentEvent: TypeAlias = (
     | WorkerDied
     | ModelRegistered
     | ModelLoaded
+    | ModelUnloaded
     | LoadProgressed
     | SwapInCompleted
+    | SwapInCancelled
+    | FirstTokenSent
     | SwapOutCompleted
+    | VerificationFailed
+    | ModelVerified
     | CommandFailed
     | CommandRejected
     | RequestStarted

@@ -48,8 +48,22 @@ class LayerCopy(msgspec.Struct, frozen=True):
     copy_s: float
 
 
+class PcieLink(msgspec.Struct, frozen=True):
+    """A GPU's PCIe link as NVML reports it while bytes move; links slow down when idle."""
+
+    generation: int
+    width: int  # lanes
+    replays: int  # NVML's replay counter: packets sent again, since the driver was loaded
+
+
 class SwapTrace(msgspec.Struct, frozen=True):
-    """Where the time of one swap went. Times are seconds; times of day are unix seconds."""
+    """Where the time of one swap went. Times are seconds; times of day are unix seconds.
+
+    A swap-in, in order: ``decision_s`` from the earliest waiter's demand to the first command
+    for it, ``drain_s`` until the swap-in began (victims had to leave), then ``map_s``, then
+    ``copy_s``, group by group. ``first_layer_s``: from its begin until the first group that
+    computes (after the embeddings) had arrived.
+    """
 
     started_at: float
     drain_s: float = 0.0
@@ -58,11 +72,22 @@ class SwapTrace(msgspec.Struct, frozen=True):
     total_s: float = 0.0
     num_bytes: int = 0
     layers: tuple[LayerCopy, ...] = ()
+    decision_s: float = 0.0
+    first_layer_s: float = 0.0
+    verify_s: float = 0.0  # checking pages, after the copy
+    kept_bytes: int = 0  # still on the device from last time, not copied
+    ceiling_gb_per_s: float = 0.0  # raw copy into the same memory, measured at agent start
+    link: PcieLink | None = None
 
     @property
     def gb_per_s(self) -> float:
         """Copy rate in GB/s (10^9 bytes), 0 where nothing was copied."""
         return self.num_bytes / self.copy_s / 1e9 if self.copy_s > 0 else 0.0
+
+    @property
+    def share_of_ceiling(self) -> float:
+        """Copy rate over the raw copy's, 0 where either is unknown."""
+        return self.gb_per_s / self.ceiling_gb_per_s if self.ceiling_gb_per_s > 0 else 0.0
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True):
@@ -72,6 +97,7 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
     in_flight: int = 0
     facts: ModelFacts | None = None  # None until registered
     reason: str = ""  # why it failed
+    cached_bytes: int = 0  # of its weights, still on the device though swapped out
 
 
 class AgentStatus(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.status"):
@@ -86,6 +112,9 @@ class AgentStatus(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.status"):
     used_bytes: int  # pages in use by weights and KV reserves
     page_bytes: int
     replicas: tuple[ReplicaStatus, ...] = ()
+    # For host images; past it the least recently used one goes. 0: unknown, no worker is up.
+    host_budget_bytes: int = 0
+    host_used_bytes: int = 0
 
 
 class DeploymentRecord(msgspec.Struct, frozen=True, tag="hotswap.state.v1.deployment"):

@@ -97,15 +97,20 @@ class GpuSettings(_Section, frozen=True):
     )
     page: str = "auto"
     threads: int = 0  # compute threads on CPU; 0: all cores
+    host_memory: str = "auto"  # budget for host images; auto: 70 % of what is free at start
+    share_images: bool = False  # one copy of each host image for all agents of this machine
+    verify: Literal["sampled", "all", "off"] = "sampled"  # pages checked at each swap-in
+    link_gb_per_s: float = 0.0  # CPU only: swap in no faster than this; 0: as fast as it goes
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             raise ValueError(f"name = {self.name!r} may hold letters, digits, - and _ only")
-        for key in ("memory", "page"):
+        for key in ("memory", "page", "host_memory"):
             if getattr(self, key) != "auto":
                 parse_bytes(getattr(self, key))
-        if self.index < 0 or self.threads < 0:
-            raise ValueError(f"index = {self.index}, threads = {self.threads} must not be negative")
+        for key in ("index", "threads", "link_gb_per_s"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} = {getattr(self, key)} must not be negative")
 
 
 class SchedulerSettings(_Section, frozen=True):

@@ -11,6 +11,7 @@ operation at a time. Here everything comes together, and what is stale is turned
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from schemas import names
 from schemas.commands import Command, Register
@@ -48,6 +49,7 @@ class AgentControl:
         instance: str,
         *,
         lock_fd: int | None = None,
+        images: Path | None = None,
         may_speak: Callable[[], bool] = _always,
     ) -> None:
         self.gpu = gpu.name
@@ -62,11 +64,17 @@ class AgentControl:
         self._stopping = False
         self.reporter = Reporter(bus, self.gpu)
         self.worker = WorkerKeeper(
-            gpu, lock_fd, self._greeting, self._on_worker, self._on_worker_death
+            gpu, lock_fd, images, self._greeting, self._on_worker, self._on_worker_death
         )
         self.serving = Serving(bus, self.gpu, self.reporter, self.worker.send, self._freed)
         self.operations = Operations(
-            self.gpu, self.reporter, self.worker.send, self._changed, self._begin_pulling
+            self.gpu,
+            self.reporter,
+            self.worker.send,
+            self._changed,
+            self._open_replica,
+            self.serving,
+            self.replicas,
         )
 
     def start_worker(self) -> None:
@@ -112,9 +120,11 @@ class AgentControl:
             device=ready.device if ready else self._settings.device,
             device_name=ready.device_name if ready else "",
             budget_bytes=ready.budget_bytes if ready else 0,
-            used_bytes=self.operations.used_bytes,
+            used_bytes=self.operations.memory.device_bytes,
             page_bytes=ready.page_bytes if ready else 0,
             replicas=tuple(replica.status() for replica in self.replicas.values()),
+            host_budget_bytes=ready.host_budget_bytes if ready else 0,
+            host_used_bytes=self.operations.memory.host_bytes,
         )
         await self.reporter.status(status)
 
@@ -165,9 +175,9 @@ class AgentControl:
         if replica.pull:
             await replica.pull.refresh()
 
-    def _begin_pulling(self, replica: Replica) -> None:
-        if not self._stopping:
-            replica.stop_pulling()
+    def _open_replica(self, replica: Replica) -> None:
+        """It may take requests now."""
+        if not self._stopping and not replica.pull:
             replica.pull = Pull(self._bus, replica, self.serving.on_delivery)
 
     # -- the worker ----------------------------------------------------------------------
@@ -178,7 +188,7 @@ class AgentControl:
 
     async def _on_worker_death(self, reason: str) -> None:
         self.ready = None
-        self.operations.used_bytes = 0
+        self.operations.forget_memory()
         for replica in self.replicas.values():
             replica.stop_pulling()
             if replica.state != "failed":

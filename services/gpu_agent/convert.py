@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Final
@@ -24,6 +25,7 @@ from services.gpu_agent.checkpoint import BadCheckpoint
 from services.gpu_agent.host_image import HostImage
 
 _CHUNK_BYTES: Final = 16 * 2**20
+_PROGRESS_S: Final = 0.1
 
 
 def load(
@@ -76,7 +78,7 @@ def load(
 def _receive(stream: IO[bytes], image: HostImage, on_progress: Callable[[int, int], None]) -> bool:
     """Read all weights to their places. False if the stream ended early."""
     total = sum(slot.weight.num_bytes for slot in image.layout)
-    done = 0
+    done, reported_at = 0, 0.0
     for slot in image.layout:
         left = image.writable[slot.offset : slot.offset + slot.weight.num_bytes]
         while left:
@@ -85,7 +87,11 @@ def _receive(stream: IO[bytes], image: HostImage, on_progress: Callable[[int, in
                 return False
             left = left[got:]
             done += got
-        on_progress(done, total)
+            now = time.monotonic()
+            if now - reported_at >= _PROGRESS_S:
+                reported_at = now
+                on_progress(done, total)
+    on_progress(done, total)
     return True
 
 

@@ -109,9 +109,6 @@ class CpuPool(PagePool):
     def stamp(self) -> Stamp:
         return _ClockStamp()
 
-    def join_copies(self) -> None:
-        """Copies are done when they return."""
-
     def synchronize(self) -> None:
         """Work is done when it returns."""
 
@@ -164,6 +161,10 @@ class CpuRegion(Region):
         # memmove as soon as those threads' cores are shared.
         ctypes.memmove(self._range.address + offset, source.data_ptr(), source.numel())
 
+    def read(self, offset: int, num_bytes: int) -> torch.Tensor:
+        self._check_read(offset, num_bytes, self._pool.page_bytes)
+        return self.tensor[offset : offset + num_bytes]
+
     def release(self) -> None:
         self._check_release()
         self._range.free()
@@ -174,6 +175,12 @@ class _ClockStamp(Stamp):
 
     def __init__(self) -> None:
         self._at = time.perf_counter()
+
+    def wait(self) -> None:
+        pass
+
+    def order_compute(self) -> None:
+        pass
 
     def seconds_since(self, earlier: Stamp) -> float:
         assert isinstance(earlier, _ClockStamp)
@@ -261,6 +268,16 @@ def _check_mremap() -> None:
 
 def _check_memory(budget_bytes: int) -> None:
     """Refuse a budget that would bring the out-of-memory killer."""
+    available = available_bytes()
+    if budget_bytes > available:
+        raise DeviceError(
+            f"a memory budget of {budget_bytes} bytes is more than the {available} bytes that are "
+            "available: lower the budget or free memory"
+        )
+
+
+def available_bytes() -> int:
+    """Host memory that may still be taken."""
     available = psutil.virtual_memory().available
     try:  # in a container its own limit counts, not the machine's memory
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
@@ -268,11 +285,7 @@ def _check_memory(budget_bytes: int) -> None:
         available = min(available, max(limit - used, 0))
     except (OSError, ValueError):
         pass
-    if budget_bytes > available:
-        raise DeviceError(
-            f"a memory budget of {budget_bytes} bytes is more than the {available} bytes that are "
-            "available: lower the budget or free memory"
-        )
+    return available
 
 
 def _tensor_at(address: int, num_bytes: int) -> torch.Tensor:

@@ -11,21 +11,26 @@ The region's addresses are reserved once, so parameters are views made once. Unl
 a mapped page stays reachable in the identity view too; nothing uses it there.
 
 Order between streams: copies run on a stream of their own. Before the first copy after a map it
-waits for the compute stream, ``join_copies`` makes the compute stream wait for the copies, and
-``unmap`` waits for both, because the driver does not.
+waits for the compute stream; a stamp after a copy makes the compute stream, or the host, wait for
+it; and ``unmap`` waits for the compute stream, because the driver does not.
 
 The driver module (``cuda.bindings.driver``) is an argument, so that everything but the driver
 is tested on machines without one.
 """
 
 import importlib
+import mmap
 from collections.abc import Callable
 from typing import Any, Final
 
 import torch
 
+from schemas.state import PcieLink
+from services.gpu_agent.cuda_driver import Driver, tensor_at
+from services.gpu_agent.detect import PcieProbe
 from services.gpu_agent.pages import DeviceError, PagePool, Region, Stamp
 
+_MORE_EVENTS: Final = 256
 PAGE_BYTES: Final = 32 * 2**20  # at 2 MiB the map calls cost as much as the copy
 
 
@@ -33,43 +38,28 @@ def open_cuda_pool(num_pages: int, page_bytes: int, index: int) -> "CudaPool":
     """The pool on GPU ``index``, in the context that torch uses. Raises DeviceError."""
     torch.cuda.init()  # type: ignore[no-untyped-call]
     torch.cuda.set_device(index)
+    driver = importlib.import_module("cuda.bindings.driver")
+    call = Driver(driver)
+    call("cuInit", 0, about="start")
+    bus_id = call("cuDeviceGetPCIBusId", 32, index, about=f"GPU {index}")
     return CudaPool(
-        importlib.import_module("cuda.bindings.driver"),
+        driver,
         num_pages,
         page_bytes,
         index,
         device_name=torch.cuda.get_device_name(index),
         torch_device=torch.device("cuda", index),
         compute_stream=lambda: int(torch.cuda.current_stream(index).cuda_stream),
-        tensor_at=_cuda_tensor_at,
+        tensor_at=tensor_at,
+        read_link=PcieProbe(bus_id.rstrip(b"\0").decode()).read,
     )
-
-
-class _Driver:
-    """Calls into the driver: every result is checked, and an error names call and sizes."""
-
-    def __init__(self, driver: Any) -> None:
-        self.names = driver
-
-    def __call__(self, call: str, *arguments: Any, about: str) -> Any:
-        """What ``call`` returns after its status: nothing, one value, or a tuple."""
-        status, *values = getattr(self.names, call)(*arguments)
-        if status != self.names.CUresult.CUDA_SUCCESS:
-            remedy = ""
-            if status == self.names.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-                remedy = ": the GPU's memory is taken, lower the budget or stop who else uses it"
-            _, text = self.names.cuGetErrorString(status)
-            text = text.decode() if isinstance(text, bytes) else text
-            what = f"{getattr(status, 'name', status)} ({text})"
-            raise DeviceError(f"{call} ({about}) failed: {what}{remedy}")
-        return values[0] if len(values) == 1 else tuple(values)
 
 
 class CudaPool(PagePool):
     """``num_pages`` of one GPU's memory. Use ``open_cuda_pool``.
 
     ``compute_stream()``: handle of the stream that the models run on. ``tensor_at(address,
-    num_bytes)``: uint8 tensor over device memory.
+    num_bytes)``: uint8 tensor over device memory. ``read_link()``: the state of its PCIe link.
     """
 
     kind = "cuda"
@@ -85,15 +75,18 @@ class CudaPool(PagePool):
         torch_device: torch.device,
         compute_stream: Callable[[], int],
         tensor_at: Callable[[int, int], torch.Tensor],
+        read_link: Callable[[], PcieLink | None] = lambda: None,
     ) -> None:
         super().__init__(page_bytes, num_pages)
         self.device_name = device_name
         self.torch_device = torch_device
-        self.call: Final = _Driver(driver)
+        self.call: Final = Driver(driver)
         self.handles: list[Any] = []
+        self.spare_events: list[Any] = []
         self._index = index
         self._compute_stream = compute_stream
         self.tensor_at = tensor_at
+        self._read_link = read_link
         self._undo: list[Callable[[], None]] = []
         try:
             self._open()
@@ -134,6 +127,12 @@ class CudaPool(PagePool):
         flag = names.CUstream_flags.CU_STREAM_NON_BLOCKING
         self.copy_stream = call("cuStreamCreate", flag, about="copy stream")
         self._later("cuStreamDestroy", self.copy_stream, about="copy stream")
+        # Swaps create nothing: events enough for every page and group of a swap-in.
+        self.spare_events = [self.take_event() for _ in range(self.num_pages + _MORE_EVENTS)]
+        self._staging = torch.frombuffer(mmap.mmap(-1, self.page_bytes), dtype=torch.uint8)
+        address = self._staging.data_ptr()
+        self.pin_host(address, self.page_bytes)
+        self._undo.append(lambda: self.unpin_host(address))
 
     def _location_properties(self) -> None:
         names = self.call.names
@@ -187,14 +186,14 @@ class CudaPool(PagePool):
             raise ValueError(f"can not reserve {num_bytes} bytes")
         return CudaRegion(self, self.pages_for(num_bytes) * self.page_bytes)
 
-    def pin_host(self, address: int, num_bytes: int) -> bool:
-        # A loading thread calls this: the driver's context is per thread.
-        self.call("cuCtxSetCurrent", self._context, about=f"GPU {self._index}")
-        self.call("cuMemHostRegister", address, num_bytes, 0, about=f"{num_bytes} bytes")
+    def pin_host(self, address: int, num_bytes: int, *, read_only: bool = False) -> bool:
+        self.enter_thread()  # a loading thread calls this: the driver's context is per thread
+        flags = self.call.names.CU_MEMHOSTREGISTER_READ_ONLY if read_only else 0
+        self.call("cuMemHostRegister", address, num_bytes, flags, about=f"{num_bytes} bytes")
         return True
 
     def unpin_host(self, address: int) -> None:
-        self.call("cuCtxSetCurrent", self._context, about=f"GPU {self._index}")
+        self.enter_thread()
         self.call("cuMemHostUnregister", address, about="host image")
 
     def order_copies_after_compute(self) -> None:
@@ -202,19 +201,49 @@ class CudaPool(PagePool):
         self._order(self._compute_stream(), self.copy_stream)
 
     def _order(self, first: Any, then: Any) -> None:
-        event = self.call("cuEventCreate", 0, about="ordering streams")
+        event = self.take_event()
+        self.call("cuEventRecord", event, first, about="ordering streams")
+        self.call("cuStreamWaitEvent", then, event, 0, about="ordering streams")
+        self.spare_events.append(event)  # the driver has noted what to wait for
+
+    def take_event(self) -> Any:
+        """An event of the pool's; give it back through ``spare_events``."""
         try:
-            self.call("cuEventRecord", event, first, about="ordering streams")
-            self.call("cuStreamWaitEvent", then, event, 0, about="ordering streams")
-        finally:  # the driver keeps it until it is done
-            self.call("cuEventDestroy", event, about="ordering streams")
+            return self.spare_events.pop()
+        except IndexError:
+            event = self.call("cuEventCreate", 0, about="event")
+            self._later("cuEventDestroy", event, about="event")
+            return event
+
+    def enter_thread(self) -> None:
+        self.call("cuCtxSetCurrent", self._context, about=f"GPU {self._index}")
 
     def stamp(self) -> Stamp:
         return _EventStamp(self)
 
-    def join_copies(self) -> None:
-        self._order(self.copy_stream, self._compute_stream())
-        self.call("cuStreamSynchronize", self.copy_stream, about="copy stream")
+    def compute_waits_for(self, event: Any) -> None:
+        self.call("cuStreamWaitEvent", self._compute_stream(), event, 0, about="ordering streams")
+
+    def wait_for_compute(self) -> None:
+        self.call("cuStreamSynchronize", self._compute_stream(), about="compute stream")
+
+    def read_to_host(self, address: int, num_bytes: int) -> torch.Tensor:
+        """Device bytes in the staging page; valid until the next call."""
+        about = f"{num_bytes} bytes to check"
+        staging = self._staging[:num_bytes]
+        self.call(
+            "cuMemcpyDtoHAsync",
+            staging.data_ptr(),
+            address,
+            num_bytes,
+            self.copy_stream,
+            about=about,
+        )
+        self.call("cuStreamSynchronize", self.copy_stream, about=about)
+        return staging
+
+    def read_link(self) -> PcieLink | None:
+        return self._read_link()
 
     def synchronize(self) -> None:
         self.call("cuCtxSynchronize", about=f"GPU {self._index}")
@@ -260,7 +289,7 @@ class CudaRegion(Region):
 
     def unmap(self) -> tuple[int, ...]:
         self._check_is_mapped()
-        self._pool.synchronize()
+        self._pool.wait_for_compute()
         self._pool.unmap_range(self._address, self.num_bytes)
         pages, self._pages, self.is_mapped = self._pages, (), False
         return pages
@@ -277,6 +306,10 @@ class CudaRegion(Region):
             about=f"{size} bytes to byte {offset} of {self.num_bytes}",
         )
 
+    def read(self, offset: int, num_bytes: int) -> torch.Tensor:
+        self._check_read(offset, num_bytes, self._pool.page_bytes)
+        return self._pool.read_to_host(self._address + offset, num_bytes)
+
     def release(self) -> None:
         self._check_release()
         self._pool.free_range(self._address, self.num_bytes)
@@ -287,8 +320,15 @@ class _EventStamp(Stamp):
 
     def __init__(self, pool: CudaPool) -> None:
         self._call = pool.call
-        self._event = pool.call("cuEventCreate", 0, about="copy timing")
+        self._pool = pool
+        self._event = pool.take_event()
         pool.call("cuEventRecord", self._event, pool.copy_stream, about="copy timing")
+
+    def wait(self) -> None:
+        self._call("cuEventSynchronize", self._event, about="copies")
+
+    def order_compute(self) -> None:
+        self._pool.compute_waits_for(self._event)
 
     def seconds_since(self, earlier: Stamp) -> float:
         assert isinstance(earlier, _EventStamp)
@@ -297,20 +337,4 @@ class _EventStamp(Stamp):
 
     def __del__(self) -> None:
         if hasattr(self, "_event"):
-            self._call.names.cuEventDestroy(self._event)
-
-
-class _DeviceMemory:
-    """Raw device memory as ``torch.as_tensor`` understands it."""
-
-    def __init__(self, address: int, num_bytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (num_bytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 3,
-        }
-
-
-def _cuda_tensor_at(address: int, num_bytes: int) -> torch.Tensor:
-    return torch.as_tensor(_DeviceMemory(address, num_bytes), device="cuda")
+            self._pool.spare_events.append(self._event)

@@ -3,12 +3,15 @@
 The two are separate processes so that a busy interpreter lock in the engine never delays
 the bus. They talk over one Unix stream socket: a 4-byte big-endian length, then msgpack.
 
-    control -> worker   Register  Load  SwapIn  SwapOut  Submit  Cancel  Shutdown
-    worker -> control   Ready  Registered  LoadProgress  Loaded  SwappedIn  SwappedOut  OpFailed
+    control -> worker   Register  Load  SwapIn  SwapOut  Verify  Submit  Cancel  Shutdown
+    worker -> control   Ready  Registered  LoadProgress  Loaded  Arriving  SwappedIn
+                        SwapInCancelled  SwappedOut  Unloaded  Verified  Corrupted  OpFailed
                         Begun  Produced  Done  Broke     (of a request; Done or Broke ends it)
 
-The worker answers every Register, Load, SwapIn and SwapOut exactly once, and every Submit
-with exactly one Done or Broke.
+The worker answers every Register, Load and SwapOut exactly once, every SwapIn with Arriving and
+then exactly one of SwappedIn, SwapInCancelled and OpFailed (or with OpFailed alone), every
+Verify with Verified, Corrupted or OpFailed, and every Submit with exactly one Done or Broke.
+No token of a model is Produced before its SwappedIn.
 """
 
 from typing import Literal, TypeAlias
@@ -38,7 +41,16 @@ class SwapIn(msgspec.Struct, frozen=True, tag=True):
 
 
 class SwapOut(msgspec.Struct, frozen=True, tag=True):
-    """Control has drained the model first; the worker refuses while requests run."""
+    """Control has drained the model first; the worker refuses while requests run.
+
+    Calls off a swap-in that is under way.
+    """
+
+    model: str
+
+
+class Verify(msgspec.Struct, frozen=True, tag=True):
+    """Compare every page of the model's weights with what was loaded."""
 
     model: str
 
@@ -55,10 +67,18 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
-ToWorker: TypeAlias = Register | Load | SwapIn | SwapOut | Submit | Cancel | Shutdown
+ToWorker: TypeAlias = Register | Load | SwapIn | SwapOut | Verify | Submit | Cancel | Shutdown
 
 
 # -- worker -> control -------------------------------------------------------------------
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """Bytes in use after what a message tells."""
+
+    device_bytes: int  # pages of weights and KV reserves
+    host_bytes: int  # host images
+    cached_bytes: dict[str, int]  # model -> of its weights, still on the device though swapped out
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -68,6 +88,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     device_name: str
     page_bytes: int
     budget_bytes: int
+    host_budget_bytes: int
+    ceiling_gb_per_s: float  # raw copy, host memory to device memory
 
 
 class Registered(msgspec.Struct, frozen=True, tag=True):
@@ -85,25 +107,68 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
     model: str
     num_bytes: int
     load_s: float
+    memory: Memory
+
+
+class Unloaded(msgspec.Struct, frozen=True, tag=True):
+    """The worker dropped this host image to make room for another. Nobody asked for it."""
+
+    model: str
+    num_bytes: int
+
+
+class Arriving(msgspec.Struct, frozen=True, tag=True):
+    """The model's pages are mapped and its bytes are on their way: requests may come."""
+
+    model: str
 
 
 class SwappedIn(msgspec.Struct, frozen=True, tag=True):
+    """All bytes are there, and verified as far as the settings ask for."""
+
     model: str
     trace: SwapTrace
-    used_bytes: int  # pages in use on the device after it
+    memory: Memory
+
+
+class SwapInCancelled(msgspec.Struct, frozen=True, tag=True):
+    """A SwapOut came first; its SwappedOut follows."""
+
+    model: str
+    trace: SwapTrace
 
 
 class SwappedOut(msgspec.Struct, frozen=True, tag=True):
     model: str
     trace: SwapTrace
-    used_bytes: int
+    memory: Memory
+
+
+class Verified(msgspec.Struct, frozen=True, tag=True):
+    model: str
+    num_pages: int
+    num_bytes: int
+    verify_s: float
+
+
+class Corrupted(msgspec.Struct, frozen=True, tag=True):
+    """The model's weights are not what was loaded: it was swapped out and unloaded.
+
+    Where a swap-in was under way, its OpFailed follows; where not, this is all, and the model
+    is cold.
+    """
+
+    model: str
+    check: Literal["page", "canary"]
+    reason: str
+    memory: Memory
 
 
 class OpFailed(msgspec.Struct, frozen=True, tag=True):
     """Nothing changed; ``reason`` names the cause and what to do."""
 
     model: str
-    op: Literal["register", "load", "swap_in", "swap_out"]
+    op: Literal["register", "load", "swap_in", "swap_out", "verify"]
     reason: str
 
 
@@ -143,8 +208,13 @@ FromWorker: TypeAlias = (
     | Registered
     | LoadProgress
     | Loaded
+    | Unloaded
+    | Arriving
     | SwappedIn
+    | SwapInCancelled
     | SwappedOut
+    | Verified
+    | Corrupted
     | OpFailed
     | Begun
     | Produced

@@ -4,10 +4,14 @@
     Load       disk -> host image                  cold -> loading -> host
     SwapIn     host -> device, start pulling       host -> swapping_in -> resident
     SwapOut    stop pulling, drain, drop pages     resident -> draining -> swapping_out -> host
+               the same, called off on its way     swapping_in -> draining -> ...
 
 A command begins one operation of the worker, and is answered by an event when the worker is
 done. Commands are idempotent: one for what is under way adds nothing, one for what is so
 already is answered at once, one that the state does not allow is rejected.
+
+Requests are pulled from the moment a swap-in's pages are mapped: their prefill begins while the
+weights arrive.
 """
 
 import logging
@@ -15,6 +19,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Literal, TypeAlias
 
+import msgspec
 from opentelemetry.context import Context
 
 from schemas.commands import Command, Load, Register, SwapIn, SwapOut
@@ -24,21 +29,38 @@ from schemas.events import (
     LoadProgressed,
     ModelLoaded,
     ModelRegistered,
+    ModelUnloaded,
+    ModelVerified,
+    SwapInCancelled,
     SwapInCompleted,
     SwapOutCompleted,
+    VerificationFailed,
 )
 from schemas.state import ReplicaState, SwapTrace
 from services import telemetry
 from services.gpu_agent import ipc
 from services.gpu_agent.replicas import Replica
 from services.gpu_agent.reporter import Reporter
+from services.gpu_agent.serving import Serving
 
 log = logging.getLogger(__name__)
 
 Op: TypeAlias = Literal["register", "load", "swap_in", "swap_out"]
 Answer: TypeAlias = (
-    ipc.Registered | ipc.LoadProgress | ipc.Loaded | ipc.SwappedIn | ipc.SwappedOut | ipc.OpFailed
+    ipc.Registered
+    | ipc.LoadProgress
+    | ipc.Loaded
+    | ipc.Unloaded
+    | ipc.Arriving
+    | ipc.SwappedIn
+    | ipc.SwapInCancelled
+    | ipc.SwappedOut
+    | ipc.Verified
+    | ipc.Corrupted
+    | ipc.OpFailed
 )
+_UNLOADED = "its host image made room for another model's"
+_NOTHING = ipc.Memory(0, 0, {})
 _OPS: dict[type, Op] = {Register: "register", Load: "load", SwapIn: "swap_in", SwapOut: "swap_out"}
 
 # A swap that failed changed nothing; a model that can not be read is failed.
@@ -51,8 +73,8 @@ _AFTER_FAILURE: dict[Op, ReplicaState] = {
 
 
 class Operations:
-    """Moves the replicas of one GPU. ``send``: to the worker; ``changed``: tell everybody;
-    ``begin_pulling``: the replica may take requests.
+    """Moves the ``replicas`` of one GPU. ``send``: to the worker; ``changed``: tell everybody;
+    ``open_replica``: it may take requests.
     """
 
     def __init__(
@@ -61,14 +83,18 @@ class Operations:
         reporter: Reporter,
         send: Callable[[ipc.ToWorker], None],
         changed: Callable[[Replica], Awaitable[None]],
-        begin_pulling: Callable[[Replica], None],
+        open_replica: Callable[[Replica], None],
+        serving: Serving,
+        replicas: dict[str, Replica],
     ) -> None:
-        self.used_bytes = 0  # of device memory, as the worker last said
+        self.memory = _NOTHING  # as the worker last said
         self._gpu = gpu
         self._reporter = reporter
         self._send = send
         self._changed = changed
-        self._begin_pulling = begin_pulling
+        self._open_replica = open_replica
+        self._serving = serving
+        self._replicas = replicas
         self._contexts: dict[str, Context] = {}  # model -> trace context of what it works on
 
     # -- commands ------------------------------------------------------------------------
@@ -97,11 +123,15 @@ class Operations:
             case Load(), "host" | "swapping_in" | "resident" | "draining" | "swapping_out":
                 await self._reporter.event(ModelLoaded(*where, num_bytes=0, load_s=0.0))
             case SwapIn(), "host":
+                replica.waiting_since, replica.decided_at = (
+                    command.waiting_since,
+                    command.decided_at,
+                )
                 await self._begin(replica, "swapping_in", ipc.SwapIn(command.model), context)
             case SwapIn(), "resident":
                 trace = replica.last_swap_in or SwapTrace(started_at=replica.resident_since)
                 await self._reporter.event(SwapInCompleted(*where, trace))
-            case SwapOut(), "resident":
+            case SwapOut(), "resident" | "swapping_in":
                 self._contexts[command.model] = context
                 replica.drain_started_at = time.time()
                 replica.move("draining")
@@ -152,48 +182,132 @@ class Operations:
         context = self._contexts.get(model)
         match answer:
             case ipc.LoadProgress(_, done, total):
-                await self._reporter.event(LoadProgressed(self._gpu, model, now, done, total))
+                took = max(now - replica.changed_at, 1e-9)
+                rate = done / took / 1e9
+                await self._reporter.event(LoadProgressed(self._gpu, model, now, done, total, rate))
+                return
+            case ipc.Verified(_, num_pages, num_bytes, verify_s):
+                await self._reporter.event(
+                    ModelVerified(self._gpu, model, now, num_pages, num_bytes, verify_s)
+                )
                 return
             case ipc.Registered(_, facts):
-                replica.facts = facts
+                replica.facts, replica.corruption = facts, ""
                 await self._reporter.event(ModelRegistered(*where, facts))
-            case ipc.Loaded(_, num_bytes, load_s):
+            case ipc.Loaded(_, num_bytes, load_s, memory):
+                self._note_memory(memory)
                 replica.loaded_at = now
                 replica.move("host")
                 self._reporter.span(
                     telemetry.SPAN_LOAD, context, now - load_s, now, model, num_bytes=num_bytes
                 )
                 await self._reporter.event(ModelLoaded(*where, num_bytes, load_s))
-            case ipc.SwappedIn(_, trace, used_bytes):
-                self.used_bytes = used_bytes
-                replica.last_swap_in = trace
-                replica.resident_since = now
-                replica.move("resident")
+            case ipc.Unloaded() if replica.state != "host":
+                replica.has_lost_image = True  # a swap-in is on its way to the worker, and fails
+                return
+            case ipc.Unloaded(_, num_bytes):
+                replica.move("cold", _UNLOADED)
+                await self._reporter.event(ModelUnloaded(*where, num_bytes))
+            case ipc.Arriving():
+                if replica.state == "swapping_in":
+                    replica.is_arriving = True
+                    self._open_replica(replica)
+                return
+            case ipc.SwappedIn(_, trace, memory):
+                self._note_memory(memory)
+                await self._swapped_in(replica, _with_wait(trace, replica), context)
+            case ipc.SwapInCancelled(_, trace):
                 self._reporter.swap_span(telemetry.SPAN_SWAP_IN, context, model, trace)
-                await self._reporter.event(SwapInCompleted(*where, trace))
-                self._begin_pulling(replica)
-            case ipc.SwappedOut(_, trace, used_bytes):
-                self.used_bytes = used_bytes
+                await self._reporter.event(SwapInCancelled(*where, trace))
+                return
+            case ipc.SwappedOut(_, trace, memory):
+                self._note_memory(memory)
                 trace = _with_drain(trace, replica.drain_started_at)
                 replica.move("host")
                 self._reporter.swap_span(telemetry.SPAN_SWAP_OUT, context, model, trace)
                 await self._reporter.event(SwapOutCompleted(*where, trace))
-            case ipc.OpFailed(_, op, reason):
-                log.error("%s of %s failed: %s", op, model, reason)
-                replica.move(_AFTER_FAILURE[op], reason)
-                await self._reporter.event(CommandFailed(*where, op, reason))
-                if replica.state == "resident":
-                    self._begin_pulling(replica)
+            case ipc.Corrupted(_, check, reason, memory):
+                self._note_memory(memory)
+                log.error("verification of %s failed: %s", model, reason)
+                replica.stop_pulling()
+                if replica.state != "swapping_in":  # else OpFailed follows, and says so
+                    replica.move("failed", reason)
+                replica.corruption = reason
+                await self._reporter.event(VerificationFailed(*where, check, reason))
+                await self._serving.hand_back(replica)
+            case ipc.OpFailed():
+                await self._failed(answer, replica)
         await self._changed(replica)
+
+    async def _swapped_in(
+        self, replica: Replica, trace: SwapTrace, context: Context | None
+    ) -> None:
+        now = time.time()
+        replica.last_swap_in = trace
+        replica.resident_since = now
+        replica.awaits_first_token = True
+        if replica.state == "swapping_in":  # else a SwapOut waits for its requests to end
+            replica.move("resident")
+            self._open_replica(replica)
+        model = replica.spec.name
+        self._reporter.swap_span(telemetry.SPAN_SWAP_IN, context, model, trace)
+        await self._reporter.event(
+            SwapInCompleted(self._gpu, model, replica.generation, now, trace)
+        )
+        await self._serving.announce(replica)
+
+    async def _failed(self, answer: ipc.OpFailed, replica: Replica) -> None:
+        op, reason = answer.op, answer.reason
+        log.error("%s of %s failed: %s", op, answer.model, reason)
+        if op == "verify":
+            return
+        if op == "swap_out" and replica.state != "swapping_out":
+            return  # it is out already: the swap-in that it was to call off had failed
+        was_leaving = replica.state in ("draining", "swapping_out")
+        replica.move(_AFTER_FAILURE[op], reason)
+        if replica.corruption:
+            replica.move("failed", replica.corruption)
+            replica.corruption = ""
+        where = (self._gpu, answer.model, replica.generation, time.time())
+        if replica.has_lost_image:
+            # It left to make room for another model's before the command could reach the worker:
+            # nothing is wrong with the model.
+            replica.has_lost_image = False
+            replica.move("cold", _UNLOADED)
+            await self._reporter.event(CommandRejected(*where, op, _UNLOADED))
+            return
+        await self._reporter.event(CommandFailed(*where, op, reason))
+        if op == "swap_in":
+            replica.stop_pulling()
+            await self._serving.hand_back(replica)
+            if was_leaving and replica.state == "host":
+                trace = SwapTrace(started_at=time.time())
+                await self._reporter.event(SwapOutCompleted(*where, trace))
+        elif replica.state == "resident":
+            self._open_replica(replica)
+
+    def forget_memory(self) -> None:
+        """The worker is gone, and all its memory with it."""
+        self._note_memory(_NOTHING)
+
+    def _note_memory(self, memory: ipc.Memory) -> None:
+        self.memory = memory
+        for model, replica in self._replicas.items():
+            replica.cached_bytes = memory.cached_bytes.get(model, 0)
 
 
 def _with_drain(trace: SwapTrace, drain_started_at: float) -> SwapTrace:
     """``trace`` of the worker's part, begun when the drain began."""
     drain_s = max(0.0, trace.started_at - drain_started_at)
-    return SwapTrace(
-        started_at=drain_started_at,
-        drain_s=drain_s,
-        map_s=trace.map_s,
-        total_s=drain_s + trace.total_s,
-        num_bytes=trace.num_bytes,
+    return msgspec.structs.replace(
+        trace, started_at=drain_started_at, drain_s=drain_s, total_s=drain_s + trace.total_s
     )
+
+
+def _with_wait(trace: SwapTrace, replica: Replica) -> SwapTrace:
+    """``trace`` of a swap-in, and what came before it: the decision, and victims leaving."""
+    if not replica.decided_at:
+        return trace
+    waited_s = replica.decided_at - replica.waiting_since if replica.waiting_since else 0.0
+    drain_s = trace.started_at - replica.decided_at
+    return msgspec.structs.replace(trace, decision_s=max(0.0, waited_s), drain_s=max(0.0, drain_s))

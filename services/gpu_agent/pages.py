@@ -9,33 +9,25 @@
     region A           [p2][p3]                  mapped: its tensor is usable
     region B           [--][--][--]              not mapped: any access faults
 
-A page is free, taken at home, or taken and mapped in one region. ``take`` and ``give`` move
-it between free and taken; ``Region.map`` and ``Region.unmap`` move it between home and region.
-The budget is the pool's size, so it can not be exceeded by construction.
+A page is free, taken at home, or taken and mapped in one region. ``PagePool.free`` (see
+free_pages.py) moves it between free and taken; ``Region.map`` and ``Region.unmap`` move it
+between home and region. The budget is the pool's size, so it can not be exceeded by construction.
 
-Only the engine loop calls a pool; nothing here is thread-safe except ``pin_host`` and
-``unpin_host``, which a loading thread uses.
+Only the engine loop calls a pool, with these exceptions: a loading thread calls ``pin_host`` and
+``unpin_host``; a copying thread calls ``enter_thread``, then ``copy_in``, ``read``, ``stamp`` and
+``read_link``.
 """
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Final
 
-import numpy as np
 import torch
 
+from schemas.state import PcieLink
+from services.gpu_agent.free_pages import FreePages, OutOfPages
 
-class OutOfPages(Exception):
-    """Fewer pages are free than were asked for. Nothing was taken."""
-
-    def __init__(self, wanted: int, free: int, total: int) -> None:
-        super().__init__(
-            f"{wanted} pages wanted, {free} free of {total}: swap another model out first, or "
-            "raise the memory budget"
-        )
-        self.wanted: Final = wanted
-        self.free: Final = free
-        self.total: Final = total
+__all__ = ["DeviceError", "OutOfPages", "PagePool", "Region", "Stamp", "runs"]
 
 
 class DeviceError(Exception):
@@ -59,7 +51,7 @@ class Region(ABC):
 
     @abstractmethod
     def map(self, pages: tuple[int, ...]) -> None:
-        """Put taken ``pages`` (exactly ``num_bytes`` worth) here, in that order; content undefined.
+        """Put taken ``pages`` (exactly ``num_bytes`` worth) here, in that order, content and all.
 
         Raises ValueError for a wrong number of pages or a region in use, and DeviceError where
         the system refuses; nothing is mapped then and the pages are at home.
@@ -67,17 +59,25 @@ class Region(ABC):
 
     @abstractmethod
     def unmap(self) -> tuple[int, ...]:
-        """Send the pages home (content undefined) and make the range inaccessible.
+        """Send the pages home, content and all, and make the range inaccessible.
 
-        Returns the pages; they stay taken until ``PagePool.give``. Waits for work on them.
+        Returns the pages; they stay taken until they are given back. Waits for computing on
+        them; copies into them must be over.
         """
 
     @abstractmethod
     def copy_in(self, offset: int, source: torch.Tensor) -> None:
         """Copy ``source`` (host, uint8, contiguous) to byte ``offset``.
 
-        Done on return on CPU; queued on the copy stream on CUDA, where later work on the
-        compute stream waits for it once ``PagePool.join_copies`` was called.
+        Done on return on CPU; queued on the copy stream on CUDA: a ``PagePool.stamp`` made after
+        it tells when it is done.
+        """
+
+    @abstractmethod
+    def read(self, offset: int, num_bytes: int) -> torch.Tensor:
+        """The device's bytes from ``offset`` on, on the host (uint8), for checking them.
+
+        Valid until the next ``read``. ``num_bytes`` is at most a page.
         """
 
     @abstractmethod
@@ -110,17 +110,30 @@ class Region(ABC):
                 f"{source.numel()} bytes at {offset} do not fit {self.num_bytes} bytes"
             )
 
+    def _check_read(self, offset: int, num_bytes: int, page_bytes: int) -> None:
+        self._check_is_mapped()
+        if num_bytes > page_bytes or offset < 0 or offset + num_bytes > self.num_bytes:
+            raise ValueError(f"can not read {num_bytes} bytes at {offset} of {self.num_bytes}")
+
     def _check_release(self) -> None:
         if self.is_mapped:
             raise ValueError(f"region still holds {len(self._pages)} pages: unmap it first")
 
 
 class Stamp(ABC):
-    """A point in the order of copies, to measure between. Made by ``PagePool.stamp``."""
+    """A point in the order of copies. Made by ``PagePool.stamp``."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Block until all copies before it are done."""
+
+    @abstractmethod
+    def order_compute(self) -> None:
+        """Have work given to the compute stream from now on wait for the copies before it."""
 
     @abstractmethod
     def seconds_since(self, earlier: "Stamp") -> float:
-        """Seconds from ``earlier`` to this one; call ``PagePool.join_copies`` before."""
+        """Seconds from ``earlier`` to this one; both must have been waited for."""
 
 
 class PagePool(ABC):
@@ -132,21 +145,18 @@ class PagePool(ABC):
     page_bytes: int
     num_pages: int
 
+    link_bytes_per_s: float = 0.0  # copy no faster than this; 0: as fast as it goes
+    ceiling_gb_per_s: float = 0.0  # raw copy rate host to device, see ceiling.py; 0: unknown
+
     def __init__(self, page_bytes: int, num_pages: int) -> None:
         self.page_bytes = page_bytes
         self.num_pages = num_pages
-        self._is_free = np.ones(num_pages, dtype=np.bool_)
-        self._num_free = num_pages
-
-    # -- the free list ---------------------------------------------------------------------
-
-    @property
-    def num_free(self) -> int:
-        return self._num_free
+        self.free = FreePages(num_pages)
+        self.link = threading.Lock()  # held by the one swap-in that copies: sharing slows both
 
     @property
     def used_bytes(self) -> int:
-        return (self.num_pages - self._num_free) * self.page_bytes
+        return (self.num_pages - self.free.num_free) * self.page_bytes
 
     @property
     def budget_bytes(self) -> int:
@@ -155,26 +165,6 @@ class PagePool(ABC):
     def pages_for(self, num_bytes: int) -> int:
         """How many pages hold ``num_bytes``."""
         return -(-num_bytes // self.page_bytes)
-
-    def take(self, num_pages: int) -> tuple[int, ...]:
-        """The lowest ``num_pages`` free pages, ascending. OutOfPages takes nothing."""
-        if num_pages < 0:
-            raise ValueError(f"can not take {num_pages} pages")
-        if num_pages > self._num_free:
-            raise OutOfPages(num_pages, self._num_free, self.num_pages)
-        pages = np.flatnonzero(self._is_free)[:num_pages]
-        self._is_free[pages] = False
-        self._num_free -= num_pages
-        return tuple(int(page) for page in pages)
-
-    def give(self, pages: Iterable[int]) -> None:
-        """Back to the free list. ValueError (nothing given) on a page that is not taken."""
-        given = list(pages)
-        bad = [p for p in given if not 0 <= p < self.num_pages or self._is_free[p]]
-        if bad or len(set(given)) != len(given):
-            raise ValueError(f"pages given twice or never taken: {bad or given}")
-        self._is_free[given] = True
-        self._num_free += len(given)
 
     # -- memory ----------------------------------------------------------------------------
 
@@ -189,20 +179,26 @@ class PagePool(ABC):
     def reserve(self, num_bytes: int) -> Region:
         """An address range of ``num_bytes``, rounded up to pages; inaccessible until mapped."""
 
-    def pin_host(self, address: int, num_bytes: int) -> bool:
-        """Make host memory fit for asynchronous copies. False where it makes no difference."""
+    def pin_host(self, address: int, num_bytes: int, *, read_only: bool = False) -> bool:
+        """Make host memory fit for asynchronous copies. False where it makes no difference.
+
+        ``read_only``: the host itself may only read it.
+        """
         return False
 
     def unpin_host(self, address: int) -> None:  # noqa: B027 - nothing to do where nothing is pinned
         """Undo ``pin_host``, before the memory is freed."""
 
+    def enter_thread(self) -> None:  # noqa: B027 - nothing to do where threads have no context
+        """To be called first in a thread that copies."""
+
     @abstractmethod
     def stamp(self) -> Stamp:
         """Mark this point between copies."""
 
-    @abstractmethod
-    def join_copies(self) -> None:
-        """Wait for all copies; later work on the compute stream sees them."""
+    def read_link(self) -> PcieLink | None:
+        """The state of the link that copies go over; None where there is none."""
+        return None
 
     @abstractmethod
     def synchronize(self) -> None:

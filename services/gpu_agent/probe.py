@@ -3,22 +3,35 @@
 Config arithmetic can not tell it: how many KV heads of what size each layer really caches
 differs by architecture (Falcon 40B caches its 8 KV heads broadcast to 128), and so does the
 order in which weights are used. A forward on torch's meta device computes shapes only, so it
-costs milliseconds at any size.
+costs milliseconds at any size. One layer of each kind runs; its twins answer as it did:
+
+    embed -> layer.0 -> layer.1 -> ... -> layer.31 -> norm -> head
+             runs       `- same kind, same inputs: returns and caches what layer.0 did
 """
 
+import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
 
 from schemas.state import ModelSpec
 from services.gpu_agent.checkpoint import BadCheckpoint
 from services.gpu_agent.host_image import Weight
+from services.gpu_agent.trial import (
+    RecordingCache,
+    Twins,
+    Watch,
+    storage_of,
+    stored_tensors,
+    without_values,
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,82 +52,70 @@ class KVGeometry:
 
 @dataclass(frozen=True)
 class Examined:
-    """What the meta module told. ``weights`` are in execution order."""
+    """What the meta module told. ``weights`` are in execution order.
+
+    ``guards``: the name of every weight -> the dotted name of the module whose forward begins
+    before anything uses the weight. That is its layer; outside of layers the module that owns
+    it; and the root module, "", where the trial run saw an earlier use.
+    """
 
     geometry: KVGeometry
     weights: tuple[Weight, ...]
     num_parameters: int
+    guards: dict[str, str]
 
 
-class _RecordingCache(DynamicCache):  # type: ignore[misc]
-    """Keeps nothing but the shapes that every layer would cache."""
+def examine(module: nn.Module, config: Any, spec: ModelSpec, *, shorten: bool = True) -> Examined:
+    """Push one token through the meta module and see what it does. Raises BadCheckpoint.
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config=config)
-        self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        *_: Any,
-        **__: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.seen[layer_idx] = (key_states, value_states)
-        return key_states, value_states
-
-
-def examine(module: nn.Module, config: Any, spec: ModelSpec) -> Examined:
-    """Push one token through the meta module and see what it does. Raises BadCheckpoint."""
-    ran: dict[str, int] = {}  # module name -> when it first ran
-
-    def note(name: str) -> None:
-        ran.setdefault(name, len(ran))
-
-    hooks = [
-        part.register_forward_pre_hook(lambda _part, _args, name=name: note(name))
-        for name, part in module.named_modules()
-    ]
+    ``shorten``: run one layer of each kind, and all of them only where that fails.
+    """
+    if shorten:
+        try:
+            return _examine(module, config, spec, shorten=True)
+        except Exception as error:  # any modelling code may run here
+            logger.debug("model %s: all layers must run: %r", spec.name, error)
     try:
-        cache = _RecordingCache(config)
-        with torch.no_grad(), torch.device("meta"), _experts_without_values(config):
-            module(
-                input_ids=torch.zeros((1, 1), dtype=torch.long),
-                past_key_values=cache,
-                use_cache=True,
-            )
-        geometry = _geometry(cache, spec)
+        return _examine(module, config, spec, shorten=False)
     except BadCheckpoint:
         raise
-    except Exception as error:  # any modelling code may run here
+    except Exception as error:
         raise BadCheckpoint(
             f"model {spec.name!r}: {type(module).__name__} is not supported: a trial run without "
             f"weights failed: {type(error).__name__}: {error}"
         ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    weights = _in_order(module, ran)
-    num_parameters = sum(parameter.numel() for parameter in module.parameters())
-    return Examined(geometry, weights, num_parameters)
 
 
-@contextmanager
-def _experts_without_values(config: Any) -> Iterator[None]:
-    """Run mixtures of experts in the one way that asks for no values and takes any dtype."""
-    chosen = getattr(config, "_experts_implementation", None)
-    if chosen is None:
-        yield
-        return
-    config._experts_implementation = "batched_mm"
-    try:
-        yield
-    finally:
-        config._experts_implementation = chosen
+def _examine(module: nn.Module, config: Any, spec: ModelSpec, *, shorten: bool) -> Examined:
+    found = _find_stored(module)
+    cache = RecordingCache(config)
+    watch = Watch(stored.tensor for stored in found)
+    twins = Twins(config, cache, watch)
+    with ExitStack() as stack:
+        for name in dict.fromkeys(guard for stored in found for guard in stored.guards):
+            part = module.get_submodule(name)
+            hook = part.register_forward_pre_hook(lambda *_, name=name: watch.begin(name))
+            stack.callback(hook.remove)
+            if shorten and _layer_of(name):
+                stack.enter_context(twins.joined(part, int(name.rpartition(".")[2])))
+        stack.enter_context(without_values(module, config))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.device("meta"))
+        stack.enter_context(watch)
+        module(
+            input_ids=torch.zeros((1, 1), dtype=torch.long), past_key_values=cache, use_cache=True
+        )
+    weights, guards = _in_order(module, found, watch)
+    num_parameters = sum(
+        stored.tensor.numel() for stored in found if isinstance(stored.tensor, nn.Parameter)
+    )
+    return Examined(_geometry(cache, spec), weights, num_parameters, guards)
 
 
-def _geometry(cache: _RecordingCache, spec: ModelSpec) -> KVGeometry:
+# -- what it told ------------------------------------------------------------------------
+
+
+def _geometry(cache: RecordingCache, spec: ModelSpec) -> KVGeometry:
     shapes = {
         (k.shape[1], k.shape[3], v.shape[1], v.shape[3], k.dtype) for k, v in cache.seen.values()
     }
@@ -137,52 +138,77 @@ def _geometry(cache: _RecordingCache, spec: ModelSpec) -> KVGeometry:
     return KVGeometry(len(windows), k_heads, k_dim, dtype, windows)
 
 
-def _in_order(module: nn.Module, ran: dict[str, int]) -> tuple[Weight, ...]:
-    """All weights by the first use of their group; inside a group as the module lists them."""
-    head = getattr(module, "get_output_embeddings", lambda: None)()
-    first_layer = min((at for name, at in ran.items() if _layer_of(name)), default=math.inf)
+@dataclass(frozen=True)
+class _Stored:
+    """One tensor that the module needs, its names, and for each name what might guard it."""
 
-    def used_at(owner: str) -> float:
-        return ran.get(owner, math.inf)
+    tensor: torch.Tensor
+    names: tuple[str, ...]
+    guards: tuple[str, ...]
 
-    def group_of(name: str, owner: str) -> str:
-        if layer := _layer_of(name):
-            return layer
-        if used_at(owner) < first_layer:
-            return "embed"
-        return "head" if module.get_submodule(owner) is head else "norm"
 
-    places: dict[int, list[str]] = {}
+def _find_stored(module: nn.Module) -> list[_Stored]:
+    names: dict[int, list[str]] = {}
     tensors: dict[int, torch.Tensor] = {}
     for name, tensor in stored_tensors(module):
-        places.setdefault(id(tensor), []).append(name)
+        names.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
-    found: list[tuple[str, Weight]] = []
-    for key, (name, *aliases) in places.items():
-        owner = name.rpartition(".")[0]
-        tensor = tensors[key]
-        group = group_of(name, owner)
-        found.append(
-            (owner, Weight(name, group, tuple(tensor.shape), tensor.dtype, tuple(aliases)))
+    return [
+        _Stored(tensors[key], tuple(of_one), tuple(map(_guard_of, of_one)))
+        for key, of_one in names.items()
+    ]
+
+
+def _in_order(
+    module: nn.Module, found: list[_Stored], watch: Watch
+) -> tuple[tuple[Weight, ...], dict[str, str]]:
+    """All weights by the first use of their group, inside a group as listed; their guards."""
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    guards: dict[str, str] = {}
+    begun: dict[str, float] = {}  # name of a weight -> when it was used, or its guard began
+    for stored in found:
+        use = watch.uses.get(storage_of(stored.tensor), math.inf)
+        begin, guard = min((watch.begins.get(name, math.inf), name) for name in stored.guards)
+        guards[stored.names[0]] = guard if begin < use else ""
+        begun[stored.names[0]] = min(begin, use)
+    first_layer = min(
+        (begun[stored.names[0]] for stored in found if _layer_of(stored.guards[0])),
+        default=math.inf,
+    )
+
+    def group_of(stored: _Stored) -> str:
+        if layer := _layer_of(stored.guards[0]):
+            return layer
+        if begun[stored.names[0]] < first_layer:
+            return "embed"
+        return "head" if module.get_submodule(stored.guards[0]) is head else "norm"
+
+    weights = [
+        Weight(
+            stored.names[0],
+            group_of(stored),
+            tuple(stored.tensor.shape),
+            stored.tensor.dtype,
+            stored.names[1:],
         )
-    begins: dict[str, float] = {}
-    for owner, weight in found:
-        begins[weight.group] = min(begins.get(weight.group, math.inf), used_at(owner))
+        for stored in found
+    ]
+    group_begun: dict[str, float] = {}
+    for weight in weights:
+        group_begun[weight.group] = min(group_begun.get(weight.group, math.inf), begun[weight.name])
     # The sort is stable; the group's name keeps groups together that never ran.
-    found.sort(key=lambda item: (begins[item[1].group], item[1].group))
-    return tuple(weight for _, weight in found)
+    weights.sort(key=lambda weight: (group_begun[weight.group], weight.group))
+    return tuple(weights), guards
 
 
-def _layer_of(name: str) -> str:
-    """Name the group: "layer.3" for "model.layers.3.mlp.up_proj"; "" for what is in no layer."""
-    number = next((part for part in name.split(".") if part.isdecimal()), None)
-    return "" if number is None else f"layer.{number}"
+def _guard_of(name: str) -> str:
+    """Name "model.layers.3" for a weight of that layer; outside of layers the weight's owner."""
+    owner = name.rpartition(".")[0]
+    numbered = re.match(r"(.+?\.)?\d+(?=\.|$)", owner)
+    return numbered.group() if numbered else owner
 
 
-def stored_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers: what a checkpoint holds. Tied ones once per name."""
-    yield from module.named_parameters(remove_duplicate=False)
-    for name, buffer in module.named_buffers(remove_duplicate=False):
-        owner, _, leaf = name.rpartition(".")
-        if leaf not in module.get_submodule(owner)._non_persistent_buffers_set:
-            yield name, buffer
+def _layer_of(guard: str) -> str:
+    """Name the group: "layer.3" for the guard "model.layers.3"; "" for what is no layer."""
+    number = guard.rpartition(".")[2]
+    return f"layer.{number}" if number.isdecimal() else ""

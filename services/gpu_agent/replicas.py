@@ -37,6 +37,13 @@ class Replica:
     reason: str = ""
     loaded_at: float = 0.0  # unix seconds when the host image was last filled
     resident_since: float = 0.0
+    is_arriving: bool = False  # swapping in, and may take requests already
+    waiting_since: float = 0.0  # of its first waiter; 0: unknown
+    decided_at: float = 0.0  # first command for that waiter; 0: unknown
+    awaits_first_token: bool = False  # since the last swap-in
+    cached_bytes: int = 0  # of its weights, still on the device though swapped out
+    has_lost_image: bool = False  # dropped by the worker before a swap-in that was sent to it
+    corruption: str = ""  # why its swap-in, whose failure is still to come, did not verify
     last_swap_in: SwapTrace | None = None
     drain_started_at: float = 0.0
     pull: Pull | None = None  # while it may take requests
@@ -44,13 +51,19 @@ class Replica:
     changed_at: float = field(default_factory=time.time)
 
     @property
+    def is_open(self) -> bool:
+        """Whether its batch takes requests: resident, or about to be."""
+        return self.state == "resident" or self.is_arriving
+
+    @property
     def num_free(self) -> int:
         """Requests that may join the batch now."""
         most = self.facts.max_batch if self.facts else 0
-        return max(0, most - len(self.in_flight)) if self.state == "resident" else 0
+        return max(0, most - len(self.in_flight)) if self.is_open else 0
 
     def move(self, state: ReplicaState, reason: str = "") -> None:
         self.state = state
+        self.is_arriving = False
         self.reason = reason
         self.changed_at = time.time()
 
@@ -60,7 +73,9 @@ class Replica:
             self.pull = None
 
     def start_kind(self, created_at: float) -> StartKind:
-        """How a request admitted at ``created_at`` (unix seconds) found the model."""
+        """How a request admitted at ``created_at`` (unix seconds) found the model, which is
+        resident now.
+        """
         if created_at >= self.resident_since:
             return "warm"
         return "cold" if created_at < self.loaded_at else "switch"
@@ -73,6 +88,7 @@ class Replica:
             in_flight=len(self.in_flight),
             facts=self.facts,
             reason=self.reason,
+            cached_bytes=self.cached_bytes,
         )
 
     def residency(self, gpu: str) -> ResidencyRecord:

@@ -81,7 +81,12 @@ class Reporter:
             model,
             num_bytes=trace.num_bytes,
             gb_per_s=trace.gb_per_s,
+            share_of_ceiling=trace.share_of_ceiling,
+            kept_bytes=trace.kept_bytes,
+            decision_s=trace.decision_s,
             drain_s=trace.drain_s,
             map_s=trace.map_s,
+            first_layer_s=trace.first_layer_s,
             copy_s=trace.copy_s,
+            verify_s=trace.verify_s,
         )

@@ -42,7 +42,12 @@ async def run(
     lock = DeviceLock(settings.state_path / "locks", gpu.name)
     tenure = Tenure(bus, gpu.name)
     control = AgentControl(
-        bus, gpu, tenure.holder, lock_fd=lock.fd, may_speak=lambda: tenure.is_held
+        bus,
+        gpu,
+        tenure.holder,
+        lock_fd=lock.fd,
+        images=settings.state_path / "images" if gpu.share_images else None,
+        may_speak=lambda: tenure.is_held,
     )
     try:
         begun = await unless_set(stop, _begin(bus, settings, lock, tenure, control))

@@ -1,11 +1,13 @@
 """Requests in flight: queue delivery -> worker -> token chunks -> acknowledgement.
 
     on_delivery   Started to the api, Submit to the worker          RequestStarted
+    announce      Started to the api, where the weights were still arriving then
     on_produced   Tokens to the api
     on_done       Finished to the api, ack to the queue             RequestEnded
     on_broke      Failed to the api, ack to the queue               RequestEnded
     worker_died   nak: the queue delivers again, here or elsewhere; `Suspects` says which
                   ones are given up: Failed to the api, ack         RequestEnded
+    hand_back     nak, for one replica whose weights failed
     finish        nak: whoever gets it next ends it
 
 Every chunk is published with a reply subject of ours: where nobody listens any more (the
@@ -24,7 +26,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from schemas.events import RequestEnded, RequestStarted
+from schemas.events import FirstTokenSent, RequestEnded, RequestStarted
 from schemas.requests import GenerateRequest
 from schemas.stream import Chunk, ErrorCode, Failed, Finished, RequestTiming, Started, Tokens
 from services import telemetry
@@ -49,6 +51,7 @@ class InFlight:
     attempt: int
     pulled_at: float
     is_submitted: bool = False  # the worker has it; until then it waits in line
+    is_announced: bool = False  # the api was told: only then is the swap's trace known
     begun_at: float = 0.0
     prompt_tokens: int = 0
     num_tokens: int = 0
@@ -101,7 +104,7 @@ class Serving:
         flight = InFlight(delivery, replica, attempt=delivery.num_delivered, pulled_at=now)
         if now >= request.deadline_at:
             await self._fail(flight, "deadline_exceeded", "the request's deadline passed in queue")
-        elif replica.state != "resident":
+        elif not replica.is_open:
             await self._settle(delivery.nak())
         else:
             self.in_flight[request.request_id] = flight
@@ -125,11 +128,8 @@ class Serving:
         flight.is_submitted = True
         self._send(ipc.Submit(request))
         now = time.time()
-        start = flight.replica.start_kind(request.created_at)
-        swap = None if start == "warm" else flight.replica.last_swap_in
-        await self._publish(
-            request, Started(request.request_id, self._gpu, flight.attempt, start, swap)
-        )
+        if flight.replica.state == "resident":
+            await self._announce(flight)
         wait_s = now - request.created_at
         await self._reporter.event(
             RequestStarted(
@@ -137,6 +137,24 @@ class Serving:
             )
         )
         self._span(flight, telemetry.SPAN_QUEUE_WAIT, request.created_at, now)
+
+    async def announce(self, replica: Replica) -> None:
+        """``replica`` has arrived: tell whoever waited for it."""
+        for request_id in sorted(replica.in_flight):
+            flight = self.in_flight.get(request_id)
+            if flight and flight.is_submitted:
+                await self._announce(flight)
+
+    async def _announce(self, flight: InFlight) -> None:
+        if flight.is_announced:
+            return
+        flight.is_announced = True
+        request, replica = flight.request, flight.replica
+        start = replica.start_kind(request.created_at)
+        swap = None if start == "warm" else replica.last_swap_in
+        await self._publish(
+            request, Started(request.request_id, self._gpu, flight.attempt, start, swap)
+        )
 
     async def cancel(self, request_id: str) -> None:
         flight = self.in_flight.get(request_id)
@@ -170,6 +188,7 @@ class Serving:
     async def on_produced(self, message: ipc.Produced) -> None:
         if flight := self.in_flight.get(message.request_id):
             flight.num_tokens = message.index + len(message.token_ids)
+            await self._note_first_token(flight)
             chunk = Tokens(
                 message.request_id,
                 flight.attempt,
@@ -178,6 +197,26 @@ class Serving:
                 message.text,
             )
             await self._publish(flight.request, chunk)
+
+    async def _note_first_token(self, flight: InFlight) -> None:
+        replica, swap = flight.replica, flight.replica.last_swap_in
+        if not replica.awaits_first_token or swap is None:
+            return
+        replica.awaits_first_token = False
+        now = time.time()
+        began = swap.started_at
+        await self._reporter.event(
+            FirstTokenSent(
+                gpu=self._gpu,
+                model=replica.spec.name,
+                generation=replica.generation,
+                at=now,
+                request_id=flight.request.request_id,
+                prompt_tokens=flight.prompt_tokens,
+                first_token_s=now - began,
+                swap_s=swap.total_s,
+            )
+        )
 
     async def on_done(self, message: ipc.Done) -> None:
         flight = self.in_flight.get(message.request_id)
@@ -203,6 +242,7 @@ class Serving:
             self._span(flight, telemetry.SPAN_DECODE, prefilled_at, prefilled_at + message.decode_s)
         flight.num_tokens = message.completion_tokens
         flight.prompt_tokens = message.prompt_tokens
+        await self._announce(flight)  # one that was cancelled while its weights arrived
         await self._end(flight, chunk, message.finish_reason, timing)
 
     async def on_broke(self, message: ipc.Broke) -> None:
@@ -226,6 +266,14 @@ class Serving:
                 await self._fail(flight, "engine_failed", words)
             else:
                 await self._settle(flight.delivery.nak())
+
+    async def hand_back(self, replica: Replica) -> None:
+        """Nothing of ``replica``'s can be used: its requests go back to the queue."""
+        for request_id in sorted(replica.in_flight):
+            if flight := self.in_flight.get(request_id):
+                self._forget(flight)
+                await self._settle(flight.delivery.nak())
+        await self._submit_line()
 
     async def finish(self, grace_s: float) -> None:
         """At shutdown: wait up to ``grace_s`` seconds; what still runs goes back to the queue."""

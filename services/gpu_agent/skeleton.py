@@ -12,7 +12,8 @@ The module is built on torch's meta device (shapes only), then made usable in tw
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -23,7 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from schemas.state import ModelSpec
 from services.gpu_agent.checkpoint import BadCheckpoint
 from services.gpu_agent.host_image import Layout
-from services.gpu_agent.probe import KVGeometry, stored_tensors
+from services.gpu_agent.probe import KVGeometry
+from services.gpu_agent.trial import stored_tensors
 
 __all__ = ["KVGeometry", "bind", "build", "choose_dtype", "make_buffers_real", "read_config"]
 
@@ -34,6 +36,8 @@ _DTYPES: Final = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+_PARTS_OF_EVERY_MODULE: Final = vars(nn.Module()).keys()
 
 
 # -- building ----------------------------------------------------------------------------
@@ -47,9 +51,12 @@ def read_config(folder: Path, spec: ModelSpec) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
     except Exception as error:  # transformers and remote code raise whatever they like
         raise BadCheckpoint(f"{folder / 'config.json'} can not be used: {error}") from error
-    if getattr(config, "quantization_config", None) is not None:
+    quantized: Any = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        settings = quantized if isinstance(quantized, dict) else vars(quantized)
         raise BadCheckpoint(
-            f"{folder} is quantized, which is not supported yet: use the unquantized checkpoint"
+            f"{folder} is quantized ({settings.get('quant_method', 'in some way')}), which is "
+            "not supported yet: use the unquantized checkpoint"
         )
     return config
 
@@ -67,7 +74,7 @@ def choose_dtype(config: Any, spec: ModelSpec, stored: Iterator[torch.dtype]) ->
 
 
 def build(config: Any, spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
-    """The module on the meta device, in eval mode, without gradients. Raises BadCheckpoint."""
+    """The module on the meta device, in eval mode. Raises BadCheckpoint."""
     try:
         module = _from_config(config, spec, dtype)
     except Exception as error:  # any modelling code may run here
@@ -76,12 +83,12 @@ def build(config: Any, spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
             f"model: {error}"
         ) from error
     _keep_in_float32(module, dtype)
-    return module.eval().requires_grad_(False)
+    return module.eval()
 
 
 def _from_config(config: Any, spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
     options = {"dtype": dtype, "trust_remote_code": spec.trust_remote_code}
-    with torch.device("meta"):
+    with torch.device("meta"), _no_first_values():
         try:
             module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", **options)
         except ValueError as error:
@@ -92,6 +99,17 @@ def _from_config(config: Any, spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
                 config, attn_implementation="eager", **options
             )
     return cast(nn.Module, module)
+
+
+@contextmanager
+def _no_first_values() -> Iterator[None]:
+    """Keep linear layers from drawing first values: on the meta device a third of all the time."""
+    draw = nn.Linear.reset_parameters
+    nn.Linear.reset_parameters = lambda _: None  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Linear.reset_parameters = draw  # type: ignore[method-assign]
 
 
 def _keep_in_float32(module: nn.Module, dtype: torch.dtype) -> None:
@@ -114,9 +132,13 @@ def make_buffers_real(module: nn.Module, device: torch.device, spec: ModelSpec) 
     """
     for _, tensor in stored_tensors(module):
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # leave weights alone
-    made: list[tuple[str, torch.Tensor]] = []
+    made: dict[str, torch.Tensor] = {}
+    owners: list[str] = []
     for owner, part in module.named_modules():
-        part.__dict__.pop("_is_hf_initialized", None)
+        if not part._non_persistent_buffers_set:
+            continue
+        owners.append(owner)
+        real_of: dict[Hashable, torch.Tensor] = {}
         for leaf in sorted(part._non_persistent_buffers_set):
             buffer = part._buffers[leaf]
             if buffer is not None and buffer.is_meta:
@@ -124,9 +146,12 @@ def make_buffers_real(module: nn.Module, device: torch.device, spec: ModelSpec) 
                 if real.is_floating_point():
                     real.fill_(math.nan)  # shows what nobody sets
                 part._buffers[leaf] = real
-                made.append((f"{owner}.{leaf}", real))
-    cast(Any, module).initialize_weights()
-    unset = [name for name, buffer in made if buffer.is_floating_point() and buffer.isnan().any()]
+                real_of[_place(buffer)] = real
+                made[f"{owner}.{leaf}"] = real
+        for name, value in vars(part).items():  # plain attributes that are the buffer as well
+            if isinstance(value, torch.Tensor) and value.is_meta and _place(value) in real_of:
+                vars(part)[name] = real_of[_place(value)]
+    unset = _set_buffers(module, owners, made)
     if unset:
         raise BadCheckpoint(
             f"model {spec.name!r}: {type(module).__name__} does not set its buffer {unset[0]!r} in "
@@ -134,25 +159,59 @@ def make_buffers_real(module: nn.Module, device: torch.device, spec: ModelSpec) 
         )
 
 
+def _set_buffers(module: nn.Module, owners: list[str], made: dict[str, torch.Tensor]) -> list[str]:
+    """Have the modelling code compute the buffers ``made``; returns the names of those it left.
+
+    The parts that own buffers and those around them are asked first, because asking hundreds
+    of linear layers takes longer. All are asked where that leaves a NaN, or could not show one.
+    """
+    near = {owner[:end] for owner in owners for end in (0, len(owner), *_dots(owner))}
+    shows = all(buffer.is_floating_point() for buffer in made.values())
+    unset: list[str] = []
+    for asked in [near, None] if shows else [None]:
+        for name, part in module.named_modules():
+            vars(part)["_is_hf_initialized"] = asked is not None and name not in asked
+        cast(Any, module).initialize_weights()
+        unset = [
+            n for n, value in made.items() if value.is_floating_point() and value.isnan().any()
+        ]
+        if not unset:
+            break
+    return unset
+
+
+def _dots(name: str) -> list[int]:
+    return [at for at, letter in enumerate(name) if letter == "."]
+
+
+def _place(tensor: torch.Tensor) -> Hashable:
+    """Equal for tensors that are the same memory seen in the same way."""
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
 def bind(module: nn.Module, layout: Layout, memory: torch.Tensor) -> None:
     """Make every weight a view over ``memory`` (uint8, layout.num_bytes or more); reads nothing.
 
-    Raises BadCheckpoint when anything is left on the meta device.
+    Parameters are made anew, without gradients. Raises BadCheckpoint when anything is left on
+    the meta device.
     """
+    parts = dict(module.named_modules(remove_duplicate=False))
     for slot in layout:
         parameter = nn.Parameter(slot.view(memory), requires_grad=False)
         for name in (slot.weight.name, *slot.weight.aliases):
             owner, _, leaf = name.rpartition(".")
-            part = module.get_submodule(owner)
+            part = parts[owner]
             if leaf in part._buffers:
                 part._buffers[leaf] = parameter.data
             else:
                 part._parameters[leaf] = parameter
-    left = [
-        f"{owner}.{leaf}"
-        for owner, part in module.named_modules()
-        for leaf, value in (*vars(part).items(), *part._parameters.items(), *part._buffers.items())
-        if isinstance(value, torch.Tensor) and value.is_meta
-    ]
-    if left:
-        raise BadCheckpoint(f"{type(module).__name__} keeps {left[0]!r} where it can not be loaded")
+    for owner, part in parts.items():
+        own = {leaf: vars(part)[leaf] for leaf in vars(part).keys() - _PARTS_OF_EVERY_MODULE}
+        for held in (own, part._parameters, part._buffers):
+            for leaf, value in held.items():
+                if isinstance(value, torch.Tensor) and value.is_meta:
+                    raise BadCheckpoint(
+                        f"{type(module).__name__} keeps {f'{owner}.{leaf}'!r} where it can not be "
+                        "loaded"
+                    )

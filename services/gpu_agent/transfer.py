@@ -1,103 +1,222 @@
-"""The copy from host image to device, group by group in execution order, with its trace.
+"""The copy of a swap-in, in threads of its own, in execution order.
 
-A GPU's copy engine works by itself: all groups are queued at once, on its own stream. On CPU
-the copying is ours, and one thread can not fill the memory bus. There, threads take the next
-piece whenever they are done with one, so that one whose core is busy elsewhere takes fewer:
+A GPU's copy engine works by itself: pieces are queued on its stream, a bounded number of bytes
+ahead, so that a swap-in that is called off stops soon. On CPU the copying is ours, and one thread
+can not fill the memory bus. There, threads take the next piece whenever they are done with one,
+so that one whose core is busy elsewhere takes fewer:
 
     image     |embed..|layer.0........|layer.1........|
     pieces    |0......|1.......|2.....|3.......|4.....|
     thread A   0           2                4
     thread B      1             3
+
+One swap-in copies at a time: two that share the link would both be late.
 """
 
+import random
+import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 import torch
 
-from schemas.state import LayerCopy
-from services.gpu_agent.host_image import Group, HostImage
-from services.gpu_agent.pages import PagePool, Region
+from schemas.state import LayerCopy, PcieLink
+from services.gpu_agent.arrival import Arrival
+from services.gpu_agent.host_image import HostImage
+from services.gpu_agent.pages import PagePool, Region, Stamp
 
-PIECE_BYTES: Final = 8 * 2**20  # small enough to share out, large enough for memmove's stride
+Verify: TypeAlias = Literal["sampled", "all", "off"]
+
+PIECE_BYTES: Final = {"cpu": 8 * 2**20, "cuda": 32 * 2**20}
 MAX_THREADS: Final = 8
+# Enough to keep the link busy while this thread waits for the interpreter lock, some 20 ms of
+# a fast link; and what a swap-in that is called off still copies.
+AHEAD_BYTES: Final = 2**30
+_LOOK_EVERY_S: Final = 0.02
 
 
 @dataclass(frozen=True)
 class CopyReport:
-    """``copy_s``: from before the first to after the last byte, as the host sees it."""
+    """What is known once it is over. ``copy_s``: from before the first to after the last byte."""
 
     num_bytes: int
     copy_s: float
+    verify_s: float
     layers: tuple[LayerCopy, ...]
+    link: PcieLink | None
 
 
-def copy_in(pool: PagePool, region: Region, image: HostImage) -> CopyReport:
-    """Copy the whole ``image`` into the mapped ``region``; returns when all of it is there.
+class Transfer:
+    """Copies an arrival's pieces. `start`, then the arrival tells; `report` once it is over.
 
-    A group's time is from the end of the one before it to its own end.
+    ``on_over()`` is called in a copying thread, last of all.
     """
-    groups = image.layout.groups
-    began = time.perf_counter()
-    if pool.kind == "cpu":
-        ends = _share_out(region, image, min(torch.get_num_threads(), MAX_THREADS))
-        took = [end - before for before, end in pairwise((began, *ends))]
-    else:
-        took = _queue(pool, region, image)
-    copy_s = time.perf_counter() - began
-    layers = tuple(
-        LayerCopy(group.name, group.num_bytes, seconds)
-        for group, seconds in zip(groups, took, strict=True)
-    )
-    return CopyReport(sum(group.num_bytes for group in groups), copy_s, layers)
 
+    def __init__(
+        self,
+        pool: PagePool,
+        region: Region,
+        image: HostImage,
+        arrival: Arrival,
+        verify: Verify,
+        on_over: Callable[[], None],
+    ) -> None:
+        self._pool = pool
+        self._region = region
+        self._image = image
+        self._arrival = arrival
+        self._verify = verify
+        self._on_over = on_over
+        self._next = iter(range(len(arrival.pieces)))  # taking one is one step under the GIL
+        self._num_threads = 1
+        if pool.kind == "cpu" and not pool.link_bytes_per_s:
+            # Asked here: in a new thread torch would tell its default.
+            self._num_threads = min(torch.get_num_threads(), MAX_THREADS)
+        self._first: Stamp | None = None  # before the first piece
+        self._ends: dict[int, Stamp] = {}  # by number, of the pieces that were copied
+        self._copy_s = self._verify_s = 0.0
+        self._link: PcieLink | None = None
 
-def _queue(pool: PagePool, region: Region, image: HostImage) -> list[float]:
-    """Queue group by group without waiting in between, so that the device never idles.
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="swap-in", daemon=True).start()
 
-    Gives the seconds of each; the stamps between them are read after the last one is done.
-    """
-    stamps = [pool.stamp()]
-    for group in image.layout.groups:
-        region.copy_in(group.offset, image.tensor[group.offset : group.offset + group.num_bytes])
-        stamps.append(pool.stamp())
-    pool.join_copies()
-    return [after.seconds_since(before) for before, after in pairwise(stamps)]
+    def report(self) -> CopyReport:
+        """Raises nothing; of an arrival that was called off it tells what was copied."""
+        num_bytes = 0
+        seconds = [0.0] * len(self._image.layout.groups)
+        copied = [0] * len(seconds)
+        last = self._first
+        for number, end in sorted(self._ends.items()):
+            piece = self._arrival.pieces[number]
+            num_bytes += piece.end - piece.start
+            copied[piece.group] += piece.end - piece.start
+            # Several threads end pieces out of order: a group's time counts from the end of all
+            # before it.
+            took = end.seconds_since(last) if last else 0.0
+            if took > 0:
+                seconds[piece.group] += took
+                last = end
+        layers = tuple(
+            LayerCopy(group.name, count, taken)
+            for group, count, taken in zip(self._image.layout.groups, copied, seconds, strict=True)
+        )
+        return CopyReport(num_bytes, self._copy_s, self._verify_s, layers, self._link)
 
+    # -- the copying threads ---------------------------------------------------------------
 
-def _share_out(region: Region, image: HostImage, num_threads: int) -> list[float]:
-    """Copy with ``num_threads``, of which this is one. Gives when each group was complete.
+    def _run(self) -> None:
+        try:
+            self._pool.enter_thread()
+            # Another swap-in may hold the link for long: look for an end while waiting.
+            while not self._pool.link.acquire(timeout=_LOOK_EVERY_S):
+                if self._arrival.is_called_off:
+                    return
+            try:
+                self._copy_and_check()
+            finally:
+                self._pool.link.release()
+        except Exception as error:  # whatever it is, the engine must hear of it
+            self._arrival.fail(error)
+        finally:
+            self._arrival.end()
+            self._on_over()
 
-    Copies block here, and give up the interpreter lock meanwhile.
-    """
-    ends = [time.perf_counter()] * len(image.layout.groups)
-    # One iterator for all: handing out a piece is one step under the interpreter lock.
-    pieces = iter(list(_cut(image.layout.groups)))
+    def _copy_and_check(self) -> None:
+        began = time.perf_counter()
+        self._copy()
+        self._copy_s = time.perf_counter() - began
+        if self._arrival.is_whole:
+            self._check()
+            self._verify_s = time.perf_counter() - began - self._copy_s
 
-    def copy() -> None:
-        for number, start, stop in pieces:
-            region.copy_in(start, image.tensor[start:stop])
-            ends[number] = max(ends[number], time.perf_counter())
+    def _copy(self) -> None:
+        self._first = self._pool.stamp()
+        if self._pool.kind == "cuda":
+            self._queue_pieces()
+        else:
+            self._share_pieces()
 
-    with ExitStack() as stack:
-        helpers = []
-        if num_threads > 1:
-            threads = stack.enter_context(ThreadPoolExecutor(num_threads - 1, "copy"))
-            helpers = [threads.submit(copy) for _ in range(num_threads - 1)]
-        copy()
+    def _queue_pieces(self) -> None:
+        """Give the device piece after piece, AHEAD_BYTES at most before they are done."""
+        stamp = self._first
+        ahead: deque[tuple[int, Stamp]] = deque()
+        ahead_bytes = 0
+        half = len(self._arrival.pieces) // 2
+        try:
+            for number in self._next:
+                if not self._arrival.begin(number):
+                    break
+                size = self._copy_piece(number)
+                stamp = self._pool.stamp()
+                self._ends[number] = stamp
+                self._arrival.done(number, stamp)
+                ahead.append((size, stamp))
+                ahead_bytes += size
+                while ahead_bytes > AHEAD_BYTES:
+                    freed, oldest = ahead.popleft()
+                    oldest.wait()
+                    ahead_bytes -= freed
+                if number == half:
+                    self._link = self._pool.read_link()  # under load: idle links slow down
+        finally:
+            if stamp:
+                stamp.wait()
+
+    def _share_pieces(self) -> None:
+        """Copy with several threads, of which this is one. Copies give up the interpreter lock."""
+        helpers = [
+            threading.Thread(target=self._copy_some, name="swap-in", daemon=True)
+            for _ in range(self._num_threads - 1)
+        ]
         for helper in helpers:
-            helper.result()
-    return list(accumulate(ends, max))  # complete: the groups before it are, too
+            helper.start()
+        self._copy_some()
+        for helper in helpers:
+            helper.join()
+
+    def _copy_some(self) -> None:
+        rate = self._pool.link_bytes_per_s
+        began, copied = time.perf_counter(), 0
+        try:
+            for number in self._next:
+                if not self._arrival.begin(number):
+                    return
+                copied += self._copy_piece(number)
+                if rate:
+                    time.sleep(max(0.0, began + copied / rate - time.perf_counter()))
+                self._ends[number] = self._pool.stamp()
+                self._arrival.done(number, self._ends[number])
+        except Exception as error:
+            self._arrival.fail(error)
+
+    def _copy_piece(self, number: int) -> int:
+        piece = self._arrival.pieces[number]
+        self._region.copy_in(piece.start, self._image.tensor[piece.start : piece.end])
+        return piece.end - piece.start
+
+    def _check(self) -> None:
+        """Compare pages on the device with what was loaded. Raises Corruption."""
+        checksums = self._image.checksums
+        if self._verify == "off" or checksums is None:
+            return
+        every = range(checksums.num_pages)
+        chosen = [random.choice(every)] if self._verify == "sampled" and every else every
+        check_pages(self._region, self._image, chosen)
 
 
-def _cut(groups: tuple[Group, ...]) -> Iterator[tuple[int, int, int]]:
-    """(group number, first byte, end) of every piece, in order."""
-    for number, group in enumerate(groups):
-        end = group.offset + group.num_bytes
-        for start in range(group.offset, end, PIECE_BYTES):
-            yield number, start, min(start + PIECE_BYTES, end)
+def check_pages(region: Region, image: HostImage, pages: Sequence[int] | None = None) -> int:
+    """Compare ``pages`` (None: all) of a resident model with what was loaded; returns how many.
+
+    Raises Corruption.
+    """
+    checksums = image.checksums
+    if checksums is None:
+        return 0
+    chosen = range(checksums.num_pages) if pages is None else pages
+    for page in chosen:
+        start, end = checksums.span(page)
+        checksums.check(page, region.read(start, end - start), "on the device")
+    return len(chosen)

@@ -5,9 +5,12 @@
 The loop, for ever:
 
 1. wait for messages; not at all while a model has something to compute
-2. handle every message that is there, and what the background thread has finished
+2. handle every message that is there, and what other threads have finished
 3. one step of one busy model
 4. send what came of it
+
+A step of a model that is still arriving may wait for its weights. Messages are received, but not
+handled, meanwhile; one that may make the step pointless (a cancellation, a swap-out) gives it up.
 
 Everything happens in the loop's thread but slow file work (loading a host image, fetching
 a model from the hub), which a background thread does one job after the other. The process
@@ -32,6 +35,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final, Literal, NoReturn, TypeAlias
 
 import psutil
@@ -41,14 +45,18 @@ from huggingface_hub import constants
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from schemas.state import ModelSpec
-from services.gpu_agent import device, ipc
-from services.gpu_agent.engine.native import NativeEngine, OnProgress
+from services.gpu_agent import ceiling, device, ipc
+from services.gpu_agent.device_cpu import available_bytes
+from services.gpu_agent.engine.library import EngineOptions, OnProgress
+from services.gpu_agent.engine.native import NativeEngine
 from services.gpu_agent.pages import PagePool
+from services.gpu_agent.shared_images import ImageExchange
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S: Final = 0.1
 MAX_CPU_BUDGET_BYTES: Final = 8 * 2**30
+HOST_SHARE: Final = 0.7  # of what is free at start, for host images
 
 Outbox: TypeAlias = list[ipc.FromWorker]
 # What a background job leaves to be done in the loop's thread.
@@ -95,41 +103,60 @@ class Background:
 class Worker:
     """See the module's text. ``sock``: this end of the pair, blocking."""
 
-    def __init__(self, sock: socket.socket, engine: NativeEngine, ready: ipc.Ready) -> None:
+    def __init__(
+        self, sock: socket.socket, pool: PagePool, options: EngineOptions, ready: ipc.Ready
+    ) -> None:
         self._sock = sock
-        self._engine = engine
         self._frames = ipc.FrameReader()
+        self._inbox: list[ipc.ToWorker] = []  # received, not handled yet
         self._background = Background()
+        self._engine = NativeEngine(
+            pool,
+            options,
+            interrupted=self._is_interrupted,
+            on_swap_in_over=lambda: self._background.post(self._engine.poll),
+        )
         self._is_open = True
         self._send([ready])
 
     def run(self) -> None:
         """Serve until told to stop. Raises ConnectionError when the other end is gone."""
         while self._is_open:
-            timeout = 0 if self._engine.is_busy else None
+            timeout = 0 if self._engine.is_busy or self._inbox else None
             inputs = [self._sock.fileno(), self._background.fileno()]
             readable, _, _ = select.select(inputs, [], [], timeout)
             out: Outbox = []
             if self._sock.fileno() in readable:
-                for body in self._receive():
-                    out += self._handle(ipc.to_worker_decoder.decode(body))
+                self._receive()
+            inbox, self._inbox = self._inbox, []
+            for message in inbox:
+                out += self._handle(message)
             if self._background.fileno() in readable:
                 out += self._background.collect()
             if self._is_open:
                 out += self._engine.step()
             self._send(out)
 
-    def _receive(self) -> list[bytes]:
-        """All frames that are there now."""
-        bodies: list[bytes] = []
+    def _receive(self) -> None:
+        """Take all messages that are there now. Raises ConnectionError where nobody sends."""
         while True:
             try:
                 data = self._sock.recv(1 << 18, socket.MSG_DONTWAIT)
             except BlockingIOError:
-                return bodies
+                return
             if not data:
                 raise ConnectionResetError("control closed the socket")
-            bodies += self._frames.feed(data)
+            for body in self._frames.feed(data):
+                self._inbox.append(ipc.to_worker_decoder.decode(body))
+
+    def _is_interrupted(self) -> bool:
+        """Whether a forward that waits for weights should be given up for what has come."""
+        try:
+            self._receive()
+        except ConnectionError:
+            return True  # the loop's own reading will find the same, and end
+        stops = ipc.Cancel | ipc.SwapOut | ipc.Shutdown
+        return any(isinstance(message, stops) for message in self._inbox)
 
     def _send(self, out: Outbox) -> None:
         if out:
@@ -146,7 +173,9 @@ class Worker:
             case ipc.SwapIn(model):
                 return [self._engine.swap_in(model)]
             case ipc.SwapOut(model):
-                return [self._engine.swap_out(model)]
+                return self._engine.swap_out(model)
+            case ipc.Verify(model):
+                return self._engine.verify(model)
             case ipc.Submit(request):
                 return self._engine.submit(request)
             case ipc.Cancel(request_id):
@@ -169,20 +198,16 @@ class Worker:
         return []
 
     def _load(self, model: str) -> Outbox:
-        fill = self._engine.load(model)
-        if isinstance(fill, ipc.OpFailed):
-            return [fill]
-
-        def afterwards(result: ipc.FromWorker) -> Outbox:
-            self._engine.end_load(model)
-            return [result]
+        load = self._engine.load(model)
+        if isinstance(load, ipc.OpFailed):
+            return [load]
 
         def job() -> Afterwards:
-            result = fill(self._progress_of(model))
-            return lambda: afterwards(result)
+            result = load.run(self._progress_of(model))
+            return lambda: [self._engine.end_load(result)]
 
         self._background.submit(job)
-        return []
+        return [*load.first]
 
     def _progress_of(self, model: str) -> OnProgress:
         """Report progress of a load, but not more often than a person can see."""
@@ -212,8 +237,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         sock = socket.socket(fileno=options.fd)
         pool = _open_pool(options)
-        ready = ipc.Ready(pool.kind, pool.device_name, pool.page_bytes, pool.budget_bytes)
-        Worker(sock, NativeEngine(pool), ready).run()
+        pool.ceiling_gb_per_s = ceiling.measure(pool)
+        engine_options = _engine_options(options)
+        ready = ipc.Ready(
+            pool.kind,
+            pool.device_name,
+            pool.page_bytes,
+            pool.budget_bytes,
+            engine_options.host_budget_bytes,
+            pool.ceiling_gb_per_s,
+        )
+        Worker(sock, pool, engine_options, ready).run()
     except ConnectionError:
         pass  # control is gone; so are we
     except Exception:
@@ -232,6 +266,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget-bytes", type=int, help="device memory to use; else a default")
     parser.add_argument("--page-bytes", type=int, help="size of a page; else the device's default")
     parser.add_argument("--threads", type=int, help="compute threads; else all cores")
+    parser.add_argument("--host-bytes", type=int, help="for host images; else 70 %% of free memory")
+    parser.add_argument("--share-images", type=Path, help="folder to share host images by")
+    parser.add_argument("--verify", choices=("sampled", "all", "off"), default="sampled")
+    parser.add_argument("--link-gb-per-s", type=float, default=0.0, help="CPU: swap in no faster")
     return parser
 
 
@@ -239,7 +277,18 @@ def _open_pool(options: argparse.Namespace) -> PagePool:
     budget = options.budget_bytes
     if budget is None:
         budget = default_budget_bytes(options.device, options.index)
-    return device.open_pool(options.device, budget, options.page_bytes, options.index)
+    pool = device.open_pool(options.device, budget, options.page_bytes, options.index)
+    pool.link_bytes_per_s = options.link_gb_per_s * 1e9
+    return pool
+
+
+def _engine_options(options: argparse.Namespace) -> EngineOptions:
+    """After the pool was opened: on CPU it takes from the same memory."""
+    host_bytes = options.host_bytes
+    if host_bytes is None:
+        host_bytes = int(HOST_SHARE * available_bytes())
+    exchange = ImageExchange(options.share_images) if options.share_images else None
+    return EngineOptions(host_bytes, options.verify, exchange)
 
 
 def default_budget_bytes(kind: Literal["auto", "cpu", "cuda"], index: int) -> int:

@@ -8,15 +8,18 @@ worker is up yet.
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import msgspec
 
 from services.gpu_agent import ipc
+from services.memcpy import with_streaming_copies
 from services.settings import GpuSettings, parse_bytes
 
 log = logging.getLogger(__name__)
@@ -33,11 +36,15 @@ class WorkerLink:
     """One engine worker process. Use once: a new worker is a new link.
 
     ``lock_fd``: see `device_lock`; the worker inherits it, and so holds the lock until its end.
+    ``images``: folder by which workers share host images, if they do.
     """
 
-    def __init__(self, gpu: GpuSettings, lock_fd: int | None, on_message: OnMessage) -> None:
+    def __init__(
+        self, gpu: GpuSettings, lock_fd: int | None, images: Path | None, on_message: OnMessage
+    ) -> None:
         self.pid = 0
         self._gpu = gpu
+        self._images = images
         self._lock_fd = lock_fd
         self._on_message = on_message
         self._process: asyncio.subprocess.Process | None = None
@@ -83,6 +90,7 @@ class WorkerLink:
                 *self._command(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=inherited,
+                env=with_streaming_copies(os.environ),
                 start_new_session=True,  # Ctrl-C is for control, which stops us in order
             )
         except BaseException:
@@ -105,6 +113,11 @@ class WorkerLink:
             command += ["--page-bytes", str(parse_bytes(self._gpu.page))]
         if self._gpu.threads:
             command += ["--threads", str(self._gpu.threads)]
+        if self._gpu.host_memory != "auto":
+            command += ["--host-bytes", str(parse_bytes(self._gpu.host_memory))]
+        command += ["--verify", self._gpu.verify, "--link-gb-per-s", str(self._gpu.link_gb_per_s)]
+        if self._images:
+            command += ["--share-images", str(self._images)]
         return command
 
     async def _read(self, reader: asyncio.StreamReader) -> str:
@@ -135,12 +148,14 @@ class WorkerKeeper:
         self,
         gpu: GpuSettings,
         lock_fd: int | None,
+        images: Path | None,
         greeting: Callable[[], list[ipc.ToWorker]],
         on_message: OnMessage,
         on_death: OnDeath,
     ) -> None:
         self._gpu = gpu
         self._lock_fd = lock_fd
+        self._images = images
         self._greeting = greeting
         self._on_message = on_message
         self._on_death = on_death
@@ -172,7 +187,7 @@ class WorkerKeeper:
         await asyncio.gather(self._task, return_exceptions=True)
 
     def _new_link(self) -> WorkerLink:
-        link = WorkerLink(self._gpu, self._lock_fd, self._on_message)
+        link = WorkerLink(self._gpu, self._lock_fd, self._images, self._on_message)
         for message in self._greeting():
             link.send(message)
         return link

@@ -6,48 +6,28 @@ an answer in every state, also one about a GPU, model or generation that nobody 
 
 Every call takes three steps:
 
-1. *Absorb*: the news moves the belief (events here, statuses in `services.scheduler.reconcile`).
+1. *Absorb*: the news moves the belief (`services.scheduler.absorb`).
 2. *Keep house*, unless the news was about a request: register what agents do not know yet; on a
    `Tick` also give up silent agents, try failed replicas again, and repeat what got no answer.
-3. *Serve*: the models in line in turn (`services.scheduler.policy` chooses), then preload.
+3. *Serve*: call off what nobody waits for, then the models in line in turn
+   (`services.scheduler.policy` chooses), then preload.
 
 A command moves the belief as it is written, so that no later choice counts its bytes as free.
 """
 
 from schemas.commands import Command, Load, Register, SwapIn, SwapOut
-from schemas.events import (
-    AgentStopped,
-    CommandFailed,
-    CommandRejected,
-    LoadProgressed,
-    ModelLoaded,
-    ModelRegistered,
-    RequestEnded,
-    RequestStarted,
-    RequestWithdrawn,
-    SwapInCompleted,
-    SwapOutCompleted,
-    WorkerDied,
-)
-from schemas.state import AgentStatus
-from services.scheduler import policy
-from services.scheduler.inputs import (
-    AgentLost,
-    Demand,
-    DeploymentAdded,
-    Input,
-    QueueDepths,
-    Tick,
-)
-from services.scheduler.lifecycle import COMPLETED, PENDING_STATES, CommandKind
-from services.scheduler.reconcile import absorb_status, fail, finish, retire_instance
+from schemas.events import RequestEnded, RequestStarted, RequestWithdrawn
+from services.scheduler import host_memory, policy
+from services.scheduler.absorb import absorb
+from services.scheduler.inputs import Demand, Input, Tick
+from services.scheduler.lifecycle import CommandKind
 from services.scheduler.replica import Pending, Replica
-from services.scheduler.state import ClusterState, Plan, Waiter
+from services.scheduler.state import ClusterState, Plan
 
 
 def decide(state: ClusterState, event: Input, now: float) -> list[Command]:
     """What to command after ``event``, seen at ``now`` (unix seconds), in this order."""
-    _absorb(state, event, now)
+    absorb(state, event, now)
     commands: list[Command] = []
     if not isinstance(event, Demand | RequestStarted | RequestEnded | RequestWithdrawn):
         if isinstance(event, Tick):
@@ -55,118 +35,11 @@ def decide(state: ClusterState, event: Input, now: float) -> list[Command]:
             commands += _retry_failed(state, now)
             commands += _repeat_unanswered(state, now)
         commands += _register_missing(state, now)
+        _let_requests_try(state, now)
+    commands += _call_off(state, now)
     commands += _serve(state, now)
     commands += _preload(state, now)
     return commands
-
-
-# -- 1. absorb -----------------------------------------------------------------------------
-
-
-def _absorb(state: ClusterState, event: Input, now: float) -> None:
-    match event:
-        case Demand():
-            state.add_waiter(Waiter(event.request_id, event.model, event.klass, event.at))
-        case RequestStarted():
-            state.remove_waiter(event.model, event.request_id, event.at)
-            _count_in_flight(state, event.gpu, event.model, 1, now)
-        case RequestEnded():
-            state.remove_waiter(event.model, event.request_id, event.at)
-            _count_in_flight(state, event.gpu, event.model, -1, now)
-        case RequestWithdrawn():
-            state.remove_waiter(event.model, event.request_id, event.at)
-        case QueueDepths():
-            state.match_depths(event.depths, event.at)
-        case AgentStatus():
-            agent = state.agent(event.gpu)
-            absorb_status(agent, event, state.config, now)
-        case ModelRegistered():
-            replica = _answered(state, event.gpu, event.model, event.generation, "register")
-            if replica and replica.pending:
-                replica.facts = event.facts
-                if not replica.may_stray:  # else it need not be cold: a status will tell
-                    _complete(replica, "register", now)
-        case ModelLoaded():
-            replica = _answered(state, event.gpu, event.model, event.generation, "load")
-            if replica:
-                _complete(replica, "load", now)
-        case SwapInCompleted():
-            replica = _answered(state, event.gpu, event.model, event.generation, "swap_in")
-            if replica:
-                _complete(replica, "swap_in", now)
-        case SwapOutCompleted():
-            replica = _answered(state, event.gpu, event.model, event.generation, "swap_out")
-            if replica:
-                _complete(replica, "swap_out", now)
-        case CommandFailed():
-            replica = _answered(state, event.gpu, event.model, event.generation, event.command)
-            if replica and (replica.pending or event.command != "register"):
-                fail(replica, event.command, event.reason, state.config, now)
-        case CommandRejected():
-            replica = state.find_replica(event.gpu, event.model)
-            if replica and replica.pending and event.generation == replica.generation:
-                # Our belief was wrong. Keep it, bytes and all, until a status that was surely
-                # sent after this says what is right.
-                replica.pending = None
-                replica.believe_at = now + state.config.settle_s
-        case LoadProgressed():
-            replica = state.find_replica(event.gpu, event.model)
-            if replica and replica.pending and replica.pending.kind == "load":
-                replica.pending.seen_at = now
-        case WorkerDied():
-            # Its replicas are cold, but this event may also be a late one about an earlier
-            # worker: command nothing and free no byte until a status tells.
-            if event.gpu in state.agents:
-                state.agents[event.gpu].worker_died = True
-        case AgentLost():
-            if event.gpu in state.agents:
-                state.agents[event.gpu].is_alive = False
-        case AgentStopped():
-            stopped = state.agents.get(event.gpu)
-            if stopped and stopped.instance == event.instance:
-                retire_instance(stopped, now)
-        case DeploymentAdded():
-            _add_deployment(state, event)
-        case _:
-            pass  # Tick; AgentStarted, LeaderElected: nothing that a status does not say better
-
-
-def _answered(
-    state: ClusterState, gpu: str, model: str, generation: int, kind: CommandKind
-) -> Replica | None:
-    """The replica that waits for this answer; None if nobody does (any more)."""
-    replica = state.find_replica(gpu, model)
-    if replica is None or not replica.floor <= generation <= replica.generation:
-        return None
-    if replica.pending and replica.pending.kind != kind:
-        return None
-    return replica if replica.state in PENDING_STATES[kind] else None
-
-
-def _complete(replica: Replica, kind: CommandKind, now: float) -> None:
-    replica.life.move(COMPLETED[kind], now)
-    replica.last_kind = kind
-    finish(replica, kind, now)
-
-
-def _count_in_flight(state: ClusterState, gpu: str, model: str, change: int, now: float) -> None:
-    """Between statuses; the next status sets it right if an event was lost or came twice."""
-    replica = state.find_replica(gpu, model)
-    if replica:
-        replica.in_flight = max(0, replica.in_flight + change)
-        replica.last_used = now
-
-
-def _add_deployment(state: ClusterState, event: DeploymentAdded) -> None:
-    spec = event.spec
-    known = state.deployments.get(spec.name)
-    state.deployments[spec.name] = spec
-    if known is None or known == spec:
-        return
-    for agent in state.agents.values():
-        replica = agent.replicas.get(spec.name)
-        if replica and replica.state == "cold" and replica.is_settled:
-            replica.facts = None  # what was found under the old settings; look again
 
 
 # -- 2. keep house -------------------------------------------------------------------------
@@ -215,7 +88,26 @@ def _register_missing(state: ClusterState, now: float) -> list[Command]:
     return commands
 
 
+def _let_requests_try(state: ClusterState, now: float) -> None:
+    """Broken models without room in host memory: nothing loads them unasked, so let users ask."""
+    for agent in state.usable_agents():
+        for replica in agent.replicas.values():
+            if (
+                replica.failure
+                and replica.state == "cold"
+                and policy.can_host(agent, replica, now)
+                and host_memory.may_ever_fit(agent, replica)
+                and not host_memory.fits_unasked(agent, replica)
+            ):
+                replica.failure.is_visible = False
+
+
 # -- 3. serve ------------------------------------------------------------------------------
+
+
+def _call_off(state: ClusterState, now: float) -> list[Command]:
+    arrivals = policy.arrivals_to_call_off(state)
+    return [_command(state, replica, "swap_out", now) for replica in arrivals]
 
 
 def _serve(state: ClusterState, now: float) -> list[Command]:
@@ -228,7 +120,10 @@ def _serve(state: ClusterState, now: float) -> list[Command]:
             continue
         gpu = placement.gpu
         replica = state.agents[gpu].replicas[model]
-        request_id = state.waiting[model].earliest.request_id
+        line = state.waiting[model]
+        request_id = line.earliest.request_id
+        if placement.victims or placement.action in ("swap_in", "load", "wait"):
+            line.note_decision(now)
         if placement.action in ("swap_in", "load"):
             kind: CommandKind = "swap_in" if placement.action == "swap_in" else "load"
             commands.append(_command(state, replica, kind, now, request_id))
@@ -236,6 +131,9 @@ def _serve(state: ClusterState, now: float) -> list[Command]:
         for victim in placement.victims:
             leaving = state.agents[gpu].replicas[victim]
             commands.append(_command(state, leaving, "swap_out", now, request_id))
+        if placement.action == "make_room":
+            claims[gpu] = state.agents[gpu].budget_bytes
+            continue
         if placement.action != "claim":
             state.plans[model] = Plan(model, gpu, request_id)
         claims[gpu] = claims.get(gpu, 0) + replica.footprint_bytes
@@ -264,8 +162,9 @@ def _follow_plans(state: ClusterState, claims: policy.Claims, now: float) -> lis
             del state.plans[model]
         elif spare >= size and agent.free_bytes >= size:  # 2
             del state.plans[model]
-            request_id = state.waiting[model].earliest.request_id
-            commands.append(_command(state, replica, "swap_in", now, request_id))
+            line = state.waiting[model]
+            line.note_decision(now)
+            commands.append(_command(state, replica, "swap_in", now, line.earliest.request_id))
         elif spare >= size:  # 3
             claims[plan.gpu] = claims.get(plan.gpu, 0) + size
         else:  # 4
@@ -289,7 +188,7 @@ def _command(
 
     A command that repeats the unanswered one moves nothing.
     """
-    if replica.pending is None:
+    if replica.pending is None or replica.pending.kind != kind:
         replica.life.move(kind, now, f"generation {replica.generation + 1}")
     replica.generation += 1
     replica.floor = replica.generation
@@ -303,6 +202,8 @@ def _command(
         case "load":
             return Load(*where, request_id)
         case "swap_in":
-            return SwapIn(*where, request_id)
+            line = state.waiting.get(replica.model)
+            times = (line.earliest.at, line.decided_at) if line else (0.0, 0.0)
+            return SwapIn(*where, request_id, *times)
         case "swap_out":
             return SwapOut(*where, request_id)

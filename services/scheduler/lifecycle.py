@@ -14,19 +14,24 @@ agent holds the truth. Belief changes in two ways, and both are written to the h
 ::
 
     cold --load--> loading --loaded--> host --swap_in--> swapping_in --swapped_in--> resident
-                                        ^                                               |
-                                        | swapped_out                          swap_out |
-                                        |                                               v
-                                        '------ swapping_out <------drained------- draining
+      ^                                |  ^                        |                    |
+      '-----------unloaded-------------'  | swapped_out   swap_out |           swap_out |
+                                          |                        v                    v
+                                          '--- swapping_out <----drained---------- draining
 
     cold, loading, swapping_in  --*_failed-->  failed  --register-->  cold      (try again)
+
+A swap-in that nobody waits for any more is called off: a ``swap_out`` from ``swapping_in``. At
+the agent it may have been done by then, so from here on it is a swap-out like any other.
+``unloaded`` is the agent's own doing: it drops host images to make room for others.
 
 Before ``cold`` there is a stage that the agent has no state for: the model is not registered,
 so nobody knows what it needs. It is ``cold`` with ``Replica.facts is None`` here too; a pending
 ``register`` is then the only thing that can happen to it.
 
-``failed`` holds no device memory: an agent that could not swap in has dropped what it had
-taken. A failed swap-out changes nothing, so its replica is ``resident`` again.
+``failed`` holds no device memory: an agent that could not swap in, or found the weights damaged,
+has dropped what it had taken. A failed swap-out changes nothing, so its replica is ``resident``
+again.
 ``lost`` is the agent process restarting: whatever it was, it is ``cold``.
 """
 
@@ -36,6 +41,7 @@ from typing import Literal, TypeAlias
 from schemas.state import ReplicaState
 
 CommandKind: TypeAlias = Literal["register", "load", "swap_in", "swap_out"]
+PathKind: TypeAlias = CommandKind | Literal["unload"]  # the agent unloads uncommanded
 Cause: TypeAlias = Literal[
     "register",
     "load",
@@ -46,6 +52,7 @@ Cause: TypeAlias = Literal[
     "swapped_in",
     "drained",
     "swapped_out",
+    "unloaded",
     "register_failed",
     "load_failed",
     "swap_in_failed",
@@ -62,8 +69,13 @@ TRANSITIONS: dict[ReplicaState, dict[Cause, ReplicaState]] = {
         "lost": "cold",
     },
     "loading": {"loaded": "host", "load_failed": "failed", "lost": "cold"},
-    "host": {"swap_in": "swapping_in", "lost": "cold"},
-    "swapping_in": {"swapped_in": "resident", "swap_in_failed": "failed", "lost": "cold"},
+    "host": {"swap_in": "swapping_in", "unloaded": "cold", "lost": "cold"},
+    "swapping_in": {
+        "swapped_in": "resident",
+        "swap_in_failed": "failed",
+        "swap_out": "draining",
+        "lost": "cold",
+    },
     "resident": {"swap_out": "draining", "lost": "cold"},
     "draining": {
         "drained": "swapping_out",
@@ -77,11 +89,13 @@ TRANSITIONS: dict[ReplicaState, dict[Cause, ReplicaState]] = {
 
 # The states one command leads through, in order. Within one generation an agent only goes
 # forward along its path, so a status that shows an earlier state than ours was sent earlier.
-PATHS: dict[CommandKind, tuple[ReplicaState, ...]] = {
+PATHS: dict[PathKind, tuple[ReplicaState, ...]] = {
     "register": ("cold",),
     "load": ("cold", "loading", "host"),
     "swap_in": ("host", "swapping_in", "resident"),
-    "swap_out": ("resident", "draining", "swapping_out", "host"),
+    "swap_out": ("swapping_in", "resident", "draining", "swapping_out", "host"),
+    # Uncommanded, it shares its generation with the load or swap-out before it.
+    "unload": ("loading", "swapping_in", "resident", "draining", "swapping_out", "host", "cold"),
 }
 
 COMPLETED: dict[CommandKind, Cause] = {
@@ -108,6 +122,8 @@ PENDING_STATES: dict[CommandKind, tuple[ReplicaState, ...]] = {
 # Device memory is counted in these; in the last two it is on its way out.
 DEVICE_STATES: tuple[ReplicaState, ...] = ("swapping_in", "resident", "draining", "swapping_out")
 LEAVING_STATES: tuple[ReplicaState, ...] = ("draining", "swapping_out")
+# Host memory is taken in these; the host image stays while its model is on the device.
+IMAGE_STATES: tuple[ReplicaState, ...] = ("loading", "host", *DEVICE_STATES)
 
 HISTORY_LENGTH = 12
 
@@ -129,7 +145,12 @@ class InvalidTransition(Exception):
         self.cause = cause
 
 
-def is_behind(kind: CommandKind | None, ours: ReplicaState, theirs: ReplicaState) -> bool:
+def begins_at(kind: CommandKind, state: ReplicaState) -> bool:
+    """Whether the table lets the command be given in ``state``."""
+    return kind in TRANSITIONS[state]
+
+
+def is_behind(kind: PathKind | None, ours: ReplicaState, theirs: ReplicaState) -> bool:
     """Whether ``theirs`` comes before ``ours`` on the path of the last command."""
     path = PATHS[kind] if kind else ()
     return ours in path and theirs in path and path.index(theirs) < path.index(ours)

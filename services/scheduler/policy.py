@@ -7,16 +7,17 @@ for by models ahead in line: what is freed for one model is never given to a lat
 A model is *overdue* when its earliest waiter has waited longer than the run quantum.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
 import msgspec
 
+from services.scheduler import host_memory
 from services.scheduler.lifecycle import DEVICE_STATES
 from services.scheduler.replica import Agent, Replica
 from services.scheduler.state import ClusterState, line_order
 
-Action: TypeAlias = Literal["swap_in", "wait", "evict", "load", "claim"]
+Action: TypeAlias = Literal["swap_in", "wait", "evict", "load", "claim", "make_room"]
 Claims: TypeAlias = dict[str, int]  # gpu -> bytes
 
 
@@ -25,7 +26,9 @@ class Placement(msgspec.Struct, frozen=True):
 
     ``swap_in``: it fits. ``wait``: bytes already on their way out will do. ``evict``: swap out
     ``victims`` first. ``load``: there is no host image. ``claim``: nothing can be done yet, but
-    it is overdue, so models behind it must not take bytes of this GPU.
+    it is overdue, so models behind it must not take bytes of this GPU. ``make_room``: swap out
+    ``victims``, so that their host images may be dropped for this one; until then no model behind
+    it may come in on this GPU, or its image would be in the way instead.
     """
 
     gpu: str
@@ -53,7 +56,10 @@ def can_host(agent: Agent, replica: Replica, now: float) -> bool:
     """Registered, not failed, no larger than the device, and free to be commanded."""
     return (
         replica.facts is not None
-        and replica.state in ("cold", "host")
+        and (
+            replica.state == "cold"
+            or (replica.state == "host" and not host_memory.is_dropping(agent))
+        )
         and replica.is_settled
         and replica.footprint_bytes <= agent.budget_bytes
         and (replica.failure is None or replica.failure.retry_at <= now)
@@ -67,6 +73,21 @@ def is_loading_for_waiters(state: ClusterState, agent: Agent) -> bool:
 
 def is_overdue(state: ClusterState, model: str, now: float) -> bool:
     return now - state.waiting[model].earliest.at > state.config.run_quantum_s
+
+
+def arrivals_to_call_off(state: ClusterState) -> list[Replica]:
+    """Replicas that are swapped in for waiters who have all left.
+
+    Only where we commanded it: a new leader that finds a swap-in under way does not know yet
+    who waits. What was freed for it is not given back: its former owner's pages are still
+    cached, and come back for free when they are wanted.
+    """
+    return [
+        replica
+        for agent in state.usable_agents()
+        for replica in agent.replicas.values()
+        if replica.pending and replica.pending.kind == "swap_in" and is_idle(state, replica)
+    ]
 
 
 # -- victims -------------------------------------------------------------------------------
@@ -102,10 +123,23 @@ def busy_victims(state: ClusterState, agent: Agent, now: float) -> list[Replica]
     return sorted(busy, key=lambda r: r.resident_since)
 
 
-def choose_victims(candidates: Sequence[Replica], need_bytes: int) -> tuple[Replica, ...] | None:
+def _device_bytes(replica: Replica) -> int:
+    return replica.device_bytes
+
+
+def _image_bytes(replica: Replica) -> int:
+    return replica.image_bytes
+
+
+def choose_victims(
+    candidates: Sequence[Replica],
+    need_bytes: int,
+    size: Callable[[Replica], int] = _device_bytes,
+) -> tuple[Replica, ...] | None:
     """The smallest prefix of ``candidates`` that frees ``need_bytes``, less what it can spare.
 
-    None if all of them together do not free enough. ``need_bytes <= 0`` needs nobody.
+    ``size`` says what one of them frees. None if all of them together do not free enough.
+    ``need_bytes <= 0`` needs nobody.
     """
     chosen: list[Replica] = []
     freed_bytes = 0
@@ -113,14 +147,14 @@ def choose_victims(candidates: Sequence[Replica], need_bytes: int) -> tuple[Repl
         if freed_bytes >= need_bytes:
             break
         chosen.append(replica)
-        freed_bytes += replica.device_bytes
+        freed_bytes += size(replica)
     if freed_bytes < need_bytes:
         return None
     # The last one may be so large that some before it can stay: spare the most recent first.
     for replica in reversed(chosen[:-1]):
-        if freed_bytes - replica.device_bytes >= need_bytes:
+        if freed_bytes - size(replica) >= need_bytes:
             chosen.remove(replica)
-            freed_bytes -= replica.device_bytes
+            freed_bytes -= size(replica)
     return tuple(chosen)
 
 
@@ -132,11 +166,18 @@ class _Option(msgspec.Struct, frozen=True):
     placement: Placement
     pressure: float  # busy bytes / budget
     victim_bytes: int
+    missing_bytes: int  # of the weights, not on the device any more
     free_bytes: int
 
     @property
-    def order(self) -> tuple[int, float, int, int]:
-        return (self.rank, self.pressure, self.victim_bytes, -self.free_bytes)
+    def order(self) -> tuple[int, float, int, int, int]:
+        return (
+            self.rank,
+            self.pressure,
+            self.victim_bytes,
+            self.missing_bytes,
+            -self.free_bytes,
+        )
 
 
 def pressure(state: ClusterState, agent: Agent) -> float:
@@ -154,7 +195,7 @@ def place(state: ClusterState, model: str, claims: Claims, now: float) -> Placem
 
     Of all usable agents where it is registered and no larger than the device, take the one
     with the lowest number here; among equals the one with the least `pressure`, then the
-    fewest bytes evicted, then the most free bytes:
+    fewest bytes evicted, then the fewest to copy, then the most free bytes:
 
     1. host image there, and free bytes that nobody ahead claims: swap in.
     2. host image there, and with the bytes on their way out it fits: wait for them.
@@ -163,9 +204,12 @@ def place(state: ClusterState, model: str, claims: Claims, now: float) -> Placem
     5. host image there, overdue, and busy victims that had their quantum make room: evict.
     6. no host image, and no room in sight: load, so that it is ready when there is.
     7. host image there, overdue: claim.
+    8. no host image, and host memory is full of images of models on the device: swap out idle
+       ones, or busy ones that had their quantum if it is overdue, to make room for it.
 
-    4 and 6 only while it is not being loaded anywhere, and 6 only if it has no host image at
-    all. Nothing is loaded where another waiting model's load still runs.
+    4, 6 and 8 only while it is not being loaded anywhere, 6 and 8 only if it has no host image
+    at all, and 4 and 6 only where host memory has room or images that may be dropped. Nothing
+    is loaded where another waiting model's load still runs.
     """
     replicas = state.usable_replicas(model)
     may_load = not any(r.state == "loading" for r in replicas)
@@ -194,18 +238,30 @@ def place(state: ClusterState, model: str, claims: Claims, now: float) -> Placem
                 victims = choose_victims([*idle, *busy_victims(state, agent, now)], deficit)
                 rank, action = (5, "evict") if victims is not None else (7, "claim")
         elif may_load and not is_loading_for_waiters(state, agent):
-            if victims is None and has_image:
+            if has_image and victims is None:
                 continue
-            rank, action = (6 if victims is None else 4), "load"
+            shortage = host_memory.shortage(state, agent, replica)
+            if shortage <= 0:
+                rank, action = (6 if victims is None else 4), "load"
+            elif has_image:
+                continue
+            else:
+                busy = busy_victims(state, agent, now) if overdue else []
+                shortage -= host_memory.leaving_bytes(agent)
+                victims = choose_victims([*idle, *busy], shortage, _image_bytes)
+                if victims is None and not overdue:
+                    continue
+                rank, action = 8, "make_room"
         else:
             continue
-        leaving = (victims or ()) if action == "evict" else ()
+        leaving = (victims or ()) if action in ("evict", "make_room") else ()
         options.append(
             _Option(
                 rank=rank,
                 placement=Placement(agent.gpu, action, tuple(r.model for r in leaving)),
                 pressure=pressure(state, agent),
                 victim_bytes=sum(r.device_bytes for r in victims or ()),
+                missing_bytes=replica.weight_bytes - replica.cached_bytes,
                 free_bytes=free,
             )
         )
@@ -215,8 +271,8 @@ def place(state: ClusterState, model: str, claims: Claims, now: float) -> Placem
 def choose_preload(state: ClusterState, agent: Agent, now: float) -> Replica | None:
     """What ``agent`` may load while no load runs there: deployments in order, if they want it.
 
-    A model whose load failed is loaded again also without ``preload``: while it looks failed
-    nobody would ask for it.
+    Only what fits into host memory, so that it never drops another image. A model whose load
+    failed is loaded again also without ``preload``: while it looks failed nobody would ask for it.
     """
     if any(r.state == "loading" for r in agent.replicas.values()):
         return None
@@ -224,7 +280,6 @@ def choose_preload(state: ClusterState, agent: Agent, now: float) -> Replica | N
         replica = agent.replicas.get(model)
         if replica is None or replica.state != "cold" or not can_host(agent, replica, now):
             continue
-        broke = replica.failure is not None and replica.failure.is_visible
-        if spec.preload or broke:
+        if (spec.preload or replica.is_broken) and host_memory.fits_unasked(agent, replica):
             return replica
     return None

@@ -14,8 +14,9 @@ For one replica, ``theirs`` being what the status says and ``ours`` the belief:
    a. theirs is its goal: it is done, the event got lost or is late.
    b. theirs is on its way there: the agent is at it. Follow, and note the sign of life.
    c. theirs is where it starts: not begun yet. Nothing to learn.
-   d. failed: it is. (Not for a register, which is how a failed replica is tried again.)
-   e. anything else: the agent lost its worker meanwhile. Adopt.
+   d. failed: it is. (Not for a register, which is how a failed replica is tried again, nor for
+      a swap-out: that did not fail, the replica did. Adopt.)
+   e. anything else: the agent lost its worker or the host image meanwhile. Adopt.
 3. Nothing is unanswered:
    a. they agree.
    b. theirs comes earlier on the path of the last command, or ours is ``failed`` (an event said
@@ -34,6 +35,7 @@ from services.scheduler.lifecycle import (
     FAILED,
     PATHS,
     CommandKind,
+    begins_at,
     is_behind,
 )
 from services.scheduler.replica import Agent, Failure, Replica
@@ -60,6 +62,8 @@ def absorb_status(agent: Agent, status: AgentStatus, config: PolicyConfig, now: 
     agent.worker_pid = status.worker_pid
     if status.worker_pid:  # without its worker the agent knows no budget, and reports none
         agent.budget_bytes = status.budget_bytes
+    agent.host_budget_bytes = status.host_budget_bytes
+    agent.host_used_bytes = status.host_used_bytes
     agent.seen_at = now
     reported = {theirs.model: theirs for theirs in status.replicas}
     for model in dict.fromkeys([*agent.replicas, *reported]):
@@ -67,6 +71,7 @@ def absorb_status(agent: Agent, status: AgentStatus, config: PolicyConfig, now: 
         theirs = reported.get(model, ReplicaStatus(model, "cold", 0))
         if theirs.state in DEVICE_STATES and not (theirs.facts or replica.facts):
             continue  # bytes of unknown size: no agent of ours says this, so believe no word of it
+        replica.cached_bytes = theirs.cached_bytes
         if is_new:
             may_stray = replica.may_stray
             adopt(replica, theirs, now, "first status of this instance")
@@ -91,6 +96,7 @@ def retire_instance(agent: Agent, now: float) -> None:
         replica.floor = replica.generation
         replica.facts = None
         replica.in_flight = 0
+        replica.cached_bytes = 0
         replica.may_stray = replica.may_stray or replica.pending is not None
         replica.pending = None
         replica.last_kind = None
@@ -146,13 +152,15 @@ def _judge(
         if theirs.state == path[-1]:
             replica.life.move(COMPLETED[pending.kind], now, "by its status")
             finish(replica, pending.kind, now)
-        elif theirs.state == path[0] and not (was_replaced and theirs.state == "cold"):
+        elif begins_at(pending.kind, theirs.state) and not (
+            was_replaced and theirs.state == "cold"
+        ):
             pass
         elif theirs.state in path[1:]:
             if not is_behind(pending.kind, replica.state, theirs.state):
                 replica.life.adopt(theirs.state, now, "under way, by its status")
             pending.seen_at = now
-        elif theirs.state == "failed":
+        elif theirs.state == "failed" and pending.kind != "swap_out":
             fail(replica, pending.kind, theirs.reason, config, now)
         else:
             adopt(replica, theirs, now, f"{pending.kind} came to nothing")

@@ -8,7 +8,11 @@ The bytes of one device (`Agent`)::
                                     |<--- leaving_bytes ---->|
 
 A replica's footprint is reserved from the moment its SwapIn is commanded until its
-SwapOutCompleted is seen.
+SwapOutCompleted is seen. What a swapped-out model left behind on the device (`cached_bytes`) is
+free: its pages are taken when they are needed.
+
+Host memory is the agent's to manage: past ``host_budget_bytes`` it drops the least recently used
+image that is not in use.
 """
 
 from collections import deque
@@ -18,10 +22,12 @@ from typing import Literal
 from schemas.state import ModelFacts, ReplicaState
 from services.scheduler.lifecycle import (
     DEVICE_STATES,
+    IMAGE_STATES,
     LEAVING_STATES,
     PENDING_STATES,
     CommandKind,
     Lifecycle,
+    PathKind,
 )
 
 NUM_PAST_INSTANCES = 16
@@ -56,6 +62,7 @@ class Replica:
 
     __slots__ = (
         "believe_at",
+        "cached_bytes",
         "facts",
         "failure",
         "floor",
@@ -79,8 +86,9 @@ class Replica:
         self.floor = 0  # a status or event below this generation is about the past
         self.facts: ModelFacts | None = None  # None: not registered
         self.in_flight = 0
+        self.cached_bytes = 0  # of its weights, on the device though swapped out, as last reported
         self.pending: Pending | None = None
-        self.last_kind: CommandKind | None = None  # what the state is the outcome of
+        self.last_kind: PathKind | None = None  # what the state is the outcome of
         self.may_stray = False  # a command to an instance that ended may yet reach the next one
         self.failure: Failure | None = None
         self.last_used = 0.0
@@ -101,9 +109,23 @@ class Replica:
         return self.footprint_bytes if self.state in DEVICE_STATES else 0
 
     @property
+    def image_bytes(self) -> int:
+        """Bytes of host memory that its image takes now."""
+        return self.weight_bytes if self.state in IMAGE_STATES else 0
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.facts.weight_bytes if self.facts else 0
+
+    @property
     def is_settled(self) -> bool:
         """Nothing is pending and agent and scheduler agree: it may be commanded."""
         return self.pending is None and self.believe_at is None
+
+    @property
+    def is_broken(self) -> bool:
+        """Users are told that it failed, so nobody asks for it."""
+        return self.failure is not None and self.failure.is_visible
 
     @property
     def desired(self) -> Literal["resident", "host", "cold"]:
@@ -124,6 +146,8 @@ class Agent:
         self.worker_pid = 0  # as last reported; 0: down
         self.worker_died = False  # an event said so; the next status tells more
         self.budget_bytes = 0
+        self.host_budget_bytes = 0  # 0: unknown, then nothing limits it
+        self.host_used_bytes = 0  # as last reported
         self.seen_at = 0.0
         self.replicas: dict[str, Replica] = {}
 
@@ -143,6 +167,11 @@ class Agent:
     @property
     def free_bytes(self) -> int:
         return self.budget_bytes - self.reserved_bytes
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of host memory that all images here take, loading ones included."""
+        return sum(r.image_bytes for r in self.replicas.values())
 
     def replica(self, model: str) -> Replica:
         """The replica of ``model`` here, made cold and unregistered if there was none."""

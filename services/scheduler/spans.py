@@ -77,7 +77,9 @@ class SwitchSpans:
                 self._end_model(event.model, now)
             case CommandFailed():
                 self._end_model(event.model, now, event.reason)
-            case RequestStarted() | RequestEnded() | RequestWithdrawn():
+            case RequestStarted():  # while its model arrives, as a rule
+                self._contexts.pop(event.request_id, None)
+            case RequestEnded() | RequestWithdrawn():
                 self._contexts.pop(event.request_id, None)
                 if event.request_id in self._open:
                     self._end(event.request_id, now)

@@ -53,11 +53,16 @@ def line_order(waiter: Waiter) -> tuple[float, str]:
 
 
 class WaitingLine:
-    """The waiters of one model, earliest first."""
+    """The waiters of one model, earliest first.
 
-    __slots__ = ("_by_id", "_ordered")
+    ``decided_at``: when the first command for the earliest one's switch was given (unix
+    seconds); before that, whatever was decided for those before it.
+    """
+
+    __slots__ = ("_by_id", "_ordered", "decided_at")
 
     def __init__(self) -> None:
+        self.decided_at = 0.0
         self._by_id: dict[str, Waiter] = {}
         self._ordered: list[Waiter] = []
 
@@ -76,6 +81,11 @@ class WaitingLine:
         if waiter.request_id not in self._by_id:
             self._by_id[waiter.request_id] = waiter
             insort(self._ordered, waiter, key=line_order)
+
+    def note_decision(self, now: float) -> None:
+        """A command is given now for the earliest waiter; only its first one counts."""
+        if self.decided_at < self.earliest.at:
+            self.decided_at = max(now, self.earliest.at)  # the two clocks may differ
 
     def remove(self, request_id: str) -> None:
         waiter = self._by_id.pop(request_id, None)

@@ -31,6 +31,7 @@ from services.gpu_agent import ipc
 
 PAGE_BYTES = 4096
 BUDGET_BYTES = 100 * PAGE_BYTES
+HOST_BYTES = 1000 * PAGE_BYTES
 
 
 class FakeWorker:
@@ -46,7 +47,7 @@ class FakeWorker:
             os.set_blocking(end, False)
         signal.signal(signal.SIGUSR1, lambda *_: None)
         signal.set_wakeup_fd(wake_write)
-        self._say(ipc.Ready("cpu", "fake", PAGE_BYTES, BUDGET_BYTES))
+        self._say(ipc.Ready("cpu", "fake", PAGE_BYTES, BUDGET_BYTES, HOST_BYTES, 10.0))
         frames = ipc.FrameReader()
         while True:
             readable, _, _ = select.select([self._sock.fileno(), wake_read], [], [])
@@ -67,8 +68,8 @@ class FakeWorker:
         self._sock.sendall(b"".join(map(ipc.frame, messages)))
 
     @property
-    def _used_bytes(self) -> int:
-        return 2 * PAGE_BYTES * len(self._resident)
+    def _memory(self) -> ipc.Memory:
+        return ipc.Memory(2 * PAGE_BYTES * len(self._resident), PAGE_BYTES, {})
 
     def _handle(self, message: ipc.ToWorker) -> None:
         trace = SwapTrace(started_at=time.time(), total_s=0.001, copy_s=0.001, num_bytes=PAGE_BYTES)
@@ -82,15 +83,16 @@ class FakeWorker:
                 )
                 self._say(ipc.Registered(spec.name, facts))
             case ipc.Load(model):
-                self._say(ipc.LoadProgress(model, 1, 2), ipc.Loaded(model, PAGE_BYTES, 0.01))
+                loaded = ipc.Loaded(model, PAGE_BYTES, 0.01, self._memory)
+                self._say(ipc.LoadProgress(model, 1, 2), loaded)
             case ipc.SwapIn(model) if self._specs[model].source == "too-large":
                 self._say(ipc.OpFailed(model, "swap_in", "OutOfPages: 3 needed, 2 free"))
             case ipc.SwapIn(model):
                 self._resident.add(model)
-                self._say(ipc.SwappedIn(model, trace, self._used_bytes))
+                self._say(ipc.Arriving(model), ipc.SwappedIn(model, trace, self._memory))
             case ipc.SwapOut(model):
                 self._resident.discard(model)
-                self._say(ipc.SwappedOut(model, trace, self._used_bytes))
+                self._say(ipc.SwappedOut(model, trace, self._memory))
             case ipc.Submit(request):
                 self._submit(request)
             case ipc.Cancel(request_id):

@@ -1,4 +1,7 @@
-"""A GPU agent for the scheduler's tests: obeys every command at once, and notes it."""
+"""A GPU agent for the scheduler's tests: obeys every command at once, and notes it.
+
+Like a real one it pulls requests from the moment it begins to swap in.
+"""
 
 import asyncio
 import contextlib
@@ -13,6 +16,7 @@ from schemas.events import (
     ModelRegistered,
     RequestEnded,
     RequestStarted,
+    SwapInCancelled,
     SwapInCompleted,
     SwapOutCompleted,
     kind_of,
@@ -37,9 +41,13 @@ class _Replica:
 
 @dataclass
 class ScriptedGpu:
-    """Room for one model and a half. Answers what is queued for a resident model at once."""
+    """Room for one model and a half. Answers what is queued for a resident model at once.
+
+    ``is_stuck``: swap-ins begin and pull nothing, until they are called off.
+    """
 
     bus: Bus
+    is_stuck: bool = False
     commands: Log = field(default_factory=Log)
     messages: list[Message[Command]] = field(default_factory=list)
     replicas: dict[str, _Replica] = field(default_factory=dict)
@@ -91,12 +99,17 @@ class ScriptedGpu:
                 replica.state = "host"
                 await self._event(ModelLoaded(*where, PAGE, 0.01))
             case SwapIn():
-                replica.state = "resident"
-                await self._event(SwapInCompleted(*where, trace))
-                replica.puller = Puller(self.bus, command.model, self._on_delivery)
-                await replica.puller.start()
-                await replica.puller.want(4)
+                replica.state = "swapping_in"
+                if not self.is_stuck:
+                    replica.puller = Puller(self.bus, command.model, self._on_delivery)
+                    await replica.puller.start()
+                    await replica.puller.want(4)
+                    await self._status()
+                    replica.state = "resident"
+                    await self._event(SwapInCompleted(*where, trace))
             case SwapOut():
+                if replica.state == "swapping_in":
+                    await self._event(SwapInCancelled(*where, trace))
                 replica.state = "host"
                 if replica.puller:
                     replica.puller.stop()

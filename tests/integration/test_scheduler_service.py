@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from schemas import names
 from schemas.commands import Command, Load, SwapIn, SwapOut
-from schemas.events import LeaderElected, RequestEnded
+from schemas.events import LeaderElected, RequestEnded, RequestWithdrawn, SwapOutCompleted, kind_of
 from schemas.requests import GenerateRequest, SamplingParams, TextPrompt
 from schemas.state import DeploymentRecord, LeaseRecord, PlacementRecord
 from services import telemetry
@@ -52,9 +52,11 @@ class Cluster:
     def __init__(self, nats: NatsServer, buses: dict[str, Bus], watcher: Watcher) -> None:
         self.nats = nats
         self.admin = buses["admin"]
+        self.api = buses["api"]
         self.events = watcher.events
         self.gpu = ScriptedGpu(buses["agent"])
         self.queue = WorkQueue(buses["api"])
+        self.sequence = 0  # of the last request in the queue
         self.stop = asyncio.Event()
         self.scheduler: asyncio.Task[None] | None = None
 
@@ -86,8 +88,14 @@ class Cluster:
             now + 60,
         )
         with trace.use_span(trace.NonRecordingSpan(outer)):
-            await self.queue.enqueue(request)
+            self.sequence = await self.queue.enqueue(request)
         return outer
+
+    async def take_back(self, name: str, model: str) -> None:
+        """Withdraw the request that was asked last, as an api does whose client left."""
+        assert await self.queue.withdraw(self.sequence)
+        event = RequestWithdrawn(model, name, time.time(), "client_left")
+        await self.api.publish(names.event_subject(kind_of(event), model=model), event)
 
     async def leader(self, after: int = 0) -> LeaderElected:
         return await self.events.until(LeaderElected, after)
@@ -169,6 +177,22 @@ async def test_what_is_wanted_and_what_users_are_told(cluster: Cluster) -> None:
         return found == {"a": "ready", "b": "ready"}
 
     await eventually(are_ready, "ready deployments")
+
+
+async def test_a_swap_in_that_nobody_waits_for_is_called_off(cluster: Cluster) -> None:
+    cluster.start_scheduler()
+    await cluster.are_loaded()
+    cluster.gpu.is_stuck = True
+    await cluster.ask("r1", "a")
+    swap_in = await cluster.gpu.commands.until(SwapIn, model="a")
+    assert 0 < swap_in.waiting_since <= swap_in.decided_at <= time.time()
+    await cluster.take_back("r1", "a")
+    called_off = await cluster.gpu.commands.until(SwapOut, model="a")
+    assert called_off.generation == swap_in.generation + 1
+    await cluster.events.until(SwapOutCompleted, model="a")
+    cluster.gpu.is_stuck = False
+    await cluster.ask("r2", "a")
+    await cluster.events.until(RequestEnded, request_id="r2")
 
 
 async def test_a_standby_takes_over_after_kill_9(cluster: Cluster, tmp_path: Path) -> None:

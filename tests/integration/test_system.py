@@ -90,9 +90,9 @@ def never_swapped(folder: Path) -> list[tuple[int, ...]]:
         engine.register(spec)
         load = engine.load(name)
         assert not isinstance(load, OpFailed)
-        assert isinstance(load(lambda done, total: None), Loaded)
-        engine.end_load(name)
-        assert isinstance(engine.swap_in(name), SwappedIn)
+        assert isinstance(engine.end_load(load.run(lambda done, total: None)), Loaded)
+        engine.swap_in(name)
+        assert isinstance(engine.end_swap_in(name)[0], SwappedIn)
     for number, (model, prompt, sampling) in enumerate(cases()):
         now = time.time()
         request = GenerateRequest(

@@ -1,6 +1,8 @@
-"""Agents for random walks: they keep their own books of device memory, and die when told to.
+"""Agents for random walks: they keep their own books of memory, and die when told to.
 
-A `FakeAgent` is the independent count: a SwapIn that does not fit there fails the test.
+A `FakeAgent` is the independent count: a SwapIn that does not fit there fails the test. It plays
+pipelined swap-ins (requests start while the bytes arrive), swap-ins that are called off, host
+images that make room for others, and weights that turn out damaged.
 """
 
 from dataclasses import dataclass, field
@@ -13,8 +15,11 @@ from schemas.events import (
     Event,
     ModelLoaded,
     ModelRegistered,
+    ModelUnloaded,
+    SwapInCancelled,
     SwapInCompleted,
     SwapOutCompleted,
+    VerificationFailed,
     WorkerDied,
 )
 from schemas.state import (
@@ -24,7 +29,7 @@ from schemas.state import (
     ReplicaStatus,
     SwapTrace,
 )
-from services.scheduler.lifecycle import DEVICE_STATES, CommandKind
+from services.scheduler.lifecycle import DEVICE_STATES, IMAGE_STATES, CommandKind
 
 SIZES = {"a": 60, "b": 60, "c": 30, "d": 30, "e": 90}  # model -> MiB
 KINDS: dict[type[Command], CommandKind] = {
@@ -45,14 +50,25 @@ class FakeReplica:
     generation: int = 0
     facts: ModelFacts | None = None
     running: list[str] = field(default_factory=list)
+    is_arriving: bool = False  # bytes of a swap-in are still on their way
+    used_at: float = 0.0
+
+    @property
+    def may_start(self) -> bool:
+        return self.state in ("swapping_in", "resident")
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.facts.weight_bytes if self.facts else 0
 
 
 class FakeAgent:
     """What an agent is to the scheduler: takes commands, answers, and may die."""
 
-    def __init__(self, gpu: str, budget_bytes: int) -> None:
+    def __init__(self, gpu: str, budget_bytes: int, host_budget_bytes: int = 0) -> None:
         self.gpu = gpu
         self.budget_bytes = budget_bytes
+        self.host_budget_bytes = host_budget_bytes  # 0: no limit
         self.num_instances = 1
         self.worker_pid = 1
         self.replicas: dict[str, FakeReplica] = {}
@@ -72,6 +88,10 @@ class FakeAgent:
             if r.facts and r.state in DEVICE_STATES
         )
 
+    @property
+    def host_used_bytes(self) -> int:
+        return sum(r.weight_bytes for r in self.replicas.values() if r.state in IMAGE_STATES)
+
     def report(self, now: float) -> None:
         replicas = tuple(
             ReplicaStatus(model, r.state, r.generation, len(r.running), r.facts)
@@ -87,6 +107,8 @@ class FakeAgent:
             used_bytes=self.used_bytes,
             page_bytes=1,
             replicas=replicas,
+            host_budget_bytes=self.host_budget_bytes if self.worker_pid else 0,
+            host_used_bytes=self.host_used_bytes,
         )
         self.statuses.append((now, status))
 
@@ -109,20 +131,28 @@ class FakeAgent:
                 if state == "failed":
                     replica.state = "cold"
                 self.events.append(ModelRegistered(*where, replica.facts))
-            case Load() if state in ("cold", "loading") and replica.facts:
+            case Load() if state == "cold" and replica.facts:
                 replica.state = "loading"
+                if not self._make_room(now):
+                    replica.state = "failed"
+                    self.events.append(CommandFailed(*where, kind, "no room in host memory"))
+            case Load() if state == "loading":
+                pass
             case Load() if state != "failed" and replica.facts:
                 self.events.append(ModelLoaded(*where, 1, 0.1))
             case SwapIn() if state == "host" and replica.facts:
                 need = self.used_bytes + replica.facts.footprint_bytes
                 assert need <= self.budget_bytes, f"{self.gpu} over-committed by {command}"
                 replica.state = "swapping_in"
+                replica.is_arriving = True
             case SwapIn() if state == "swapping_in":
                 pass
             case SwapIn() if state == "resident":
                 self.events.append(SwapInCompleted(*where, SwapTrace(now)))
-            case SwapOut() if state in ("resident", "draining"):
+            case SwapOut() if state in ("swapping_in", "resident", "draining"):
                 replica.state = "draining"
+            case SwapOut() if state == "swapping_out":
+                pass
             case SwapOut() if state == "host":
                 self.events.append(SwapOutCompleted(*where, SwapTrace(now)))
             case _:
@@ -131,24 +161,63 @@ class FakeAgent:
         replica.generation = command.generation
         self.report(now)
 
+    def _make_room(self, now: float) -> bool:
+        """Drop host images, least recently used first, until the budget is kept."""
+        idle = [(r.used_at, model) for model, r in self.replicas.items() if r.state == "host"]
+        for _, model in sorted(idle):
+            if self.host_used_bytes <= self.host_budget_bytes:
+                break
+            replica = self.replicas[model]
+            replica.state = "cold"
+            where = (self.gpu, model, replica.generation, now)
+            self.events.append(ModelUnloaded(*where, replica.weight_bytes))
+        return not self.host_budget_bytes or self.host_used_bytes <= self.host_budget_bytes
+
+    def corrupt(self, model: str, now: float) -> None:
+        """A check finds the weights of ``model`` damaged; its requests go back to the queue."""
+        replica = self.replicas[model]
+        if not replica.may_start:
+            return
+        where = (self.gpu, model, replica.generation, now)
+        self.events.append(VerificationFailed(*where, "page", "page 3 of 7 differs"))
+        if replica.state == "swapping_in":
+            self.events.append(CommandFailed(*where, "swap_in", "page 3 of 7 differs"))
+        replica.state = "failed"
+        replica.is_arriving = False
+        replica.running.clear()
+        self.report(now)
+
     def advance(self, model: str, now: float, succeed: bool = True) -> None:
         """Finish what ``model`` is at."""
         replica = self.replicas[model]
         where = (self.gpu, model, replica.generation, now)
         if replica.state == "loading" and succeed:
             replica.state = "host"
+            replica.used_at = now
             self.events.append(ModelLoaded(*where, 1, 0.1))
+        elif replica.state == "loading":
+            replica.state = "failed"
+            self.events.append(CommandFailed(*where, "load", "no luck"))
         elif replica.state == "swapping_in" and succeed:
             replica.state = "resident"
+            replica.is_arriving = False
             self.events.append(SwapInCompleted(*where, SwapTrace(now)))
-        elif replica.state in ("loading", "swapping_in"):
-            kind: CommandKind = "load" if replica.state == "loading" else "swap_in"
-            replica.state = "failed"
-            self.events.append(CommandFailed(*where, kind, "no luck"))
+        elif replica.state == "swapping_in" and not replica.running:
+            replica.state = "host"  # a copy that broke changed nothing
+            replica.is_arriving = False
+            self.events.append(CommandFailed(*where, "swap_in", "no luck"))
+        elif replica.state == "swapping_in":
+            self.corrupt(model, now)
         elif replica.state == "draining" and not replica.running:
             replica.state = "swapping_out"
-        elif replica.state == "swapping_out" and succeed:
+        elif replica.state == "draining" and replica.is_arriving:
+            replica.is_arriving = False  # called off too late: it is there, and its requests run
+        elif replica.state == "swapping_out" and (succeed or replica.is_arriving):
             replica.state = "host"
+            replica.used_at = now
+            if replica.is_arriving:
+                self.events.append(SwapInCancelled(*where, SwapTrace(now)))
+                replica.is_arriving = False
             self.events.append(SwapOutCompleted(*where, SwapTrace(now)))
         elif replica.state == "swapping_out":
             replica.state = "resident"
@@ -162,6 +231,7 @@ class FakeAgent:
         self.worker_pid = 0
         for replica in self.replicas.values():
             replica.state = "cold"
+            replica.is_arriving = False
             replica.running.clear()
         self.events.append(WorkerDied(self.gpu, now, "killed"))
         self.report(now)

@@ -1,16 +1,23 @@
 """A readable way to tell `decide` what happened and to name what it commands.
 
 Sizes are MiB. A `Story` answers nothing by itself: each test says what agents report.
-`validate` runs after every input.
+`validate` runs after every input. What `tell` returns is without the times that a SwapIn
+carries for its trace; `Story.commands` has all of it.
 """
 
-from schemas.commands import Command
+from typing import Literal
+
+import msgspec
+
+from schemas.commands import Command, SwapIn
 from schemas.events import (
     CommandFailed,
     ModelLoaded,
     ModelRegistered,
+    ModelUnloaded,
     RequestEnded,
     RequestStarted,
+    RequestWithdrawn,
     SwapInCompleted,
     SwapOutCompleted,
 )
@@ -50,12 +57,14 @@ class Story:
     def __init__(self) -> None:
         self.state = ClusterState(EPOCH)
         self.now = 1000.0
+        self.commands: list[Command] = []
 
     def tell(self, event: Input, after: float = 0.0) -> list[Command]:
         self.now += after
         commands = decide(self.state, event, self.now)
         self.state.validate()
-        return commands
+        self.commands += commands
+        return [_without_times(command) for command in commands]
 
     def replica(self, model: str, gpu: str = GPU) -> Replica:
         return self.state.agents[gpu].replicas[model]
@@ -75,10 +84,13 @@ class Story:
         budget: int = 100,
         instance: str = "i1",
         pid: int = 10,
+        host_budget: int = 0,
+        host_used: int = 0,
     ) -> list[Command]:
         return self.tell(
-            AgentStatus(gpu, instance, pid, "cpu", "cpu", budget * MIB, 0, 1, replicas)
-        )
+            AgentStatus(gpu, instance, pid, "cpu", "cpu", budget * MIB, 0, 1, replicas,
+                        host_budget * MIB, host_used * MIB)
+        )  # fmt: skip
 
     def demand(self, request_id: str, model: str, at: float | None = None) -> list[Command]:
         at = self.now if at is None else at
@@ -89,6 +101,9 @@ class Story:
 
     def loaded(self, model: str, generation: int) -> list[Command]:
         return self.tell(ModelLoaded(GPU, model, generation, self.now, 1, 0.1))
+
+    def unloaded(self, model: str, generation: int, size: int = 1) -> list[Command]:
+        return self.tell(ModelUnloaded(GPU, model, generation, self.now, size * MIB))
 
     def swapped_in(self, model: str, generation: int) -> list[Command]:
         return self.tell(SwapInCompleted(GPU, model, generation, self.now, SwapTrace(0.0)))
@@ -102,9 +117,20 @@ class Story:
     def started(self, request_id: str, model: str) -> list[Command]:
         return self.tell(RequestStarted(GPU, model, request_id, self.now, 1, 0.0))
 
-    def ended(self, request_id: str, model: str) -> list[Command]:
+    def ended(
+        self, request_id: str, model: str, outcome: Literal["stop", "cancelled"] = "stop"
+    ) -> list[Command]:
         timing = RequestTiming()
-        return self.tell(RequestEnded(GPU, model, request_id, self.now, "stop", 1, 1, timing))
+        return self.tell(RequestEnded(GPU, model, request_id, self.now, outcome, 1, 1, timing))
+
+    def withdrawn(self, request_id: str, model: str) -> list[Command]:
+        return self.tell(RequestWithdrawn(model, request_id, self.now, "client_left"))
+
+
+def _without_times(command: Command) -> Command:
+    if isinstance(command, SwapIn):
+        return msgspec.structs.replace(command, waiting_since=0.0, decided_at=0.0)
+    return command
 
 
 def on(model: str, state: ReplicaState, size: int, generation: int = 1, in_flight: int = 0,
@@ -112,10 +138,10 @@ def on(model: str, state: ReplicaState, size: int, generation: int = 1, in_fligh
     return ReplicaStatus(model, state, generation, in_flight, facts(size), reason)
 
 
-def running(*replicas: ReplicaStatus, budget: int = 100) -> Story:
+def running(*replicas: ReplicaStatus, budget: int = 100, host_budget: int = 0) -> Story:
     """An agent with these replicas, their deployments known."""
     story = Story()
     for replica in replicas:
         story.tell(DeploymentAdded(spec(replica.model)))
-    assert story.status(*replicas, budget=budget) == []
+    assert story.status(*replicas, budget=budget, host_budget=host_budget) == []
     return story

@@ -13,6 +13,7 @@ import ctypes
 import enum
 import mmap
 import os
+import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Final
@@ -45,6 +46,7 @@ class FakeDriver:
     CUmemLocationType = SimpleNamespace(CU_MEM_LOCATION_TYPE_DEVICE=1)
     CUmemAccess_flags = SimpleNamespace(CU_MEM_ACCESS_FLAGS_PROT_READWRITE=3)
     CUmemAllocationGranularity_flags = SimpleNamespace(CU_MEM_ALLOC_GRANULARITY_MINIMUM=0)
+    CU_MEMHOSTREGISTER_READ_ONLY = 8
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -59,6 +61,8 @@ class FakeDriver:
         self.contexts = 0
         self._next = 0
         self._queued: list[tuple[int, int, int]] = []
+        self._copying = threading.Lock()
+        self._recorded: set[int] = set()
         self._memory = os.memfd_create("fake-gpu")
 
     def __getattr__(self, name: str) -> Any:
@@ -185,31 +189,37 @@ class FakeDriver:
         return ()
 
     def _cuStreamSynchronize(self, _stream: int) -> tuple[()]:  # noqa: N802
-        for target, source, size in self._queued:
-            ctypes.memmove(target, source, size)
-        self._queued.clear()
+        with self._copying:
+            while self._queued:
+                ctypes.memmove(*self._queued.pop(0))
         return ()
 
     def _cuCtxSynchronize(self) -> tuple[()]:  # noqa: N802
         return self._cuStreamSynchronize(0)
 
-    def _cuStreamWaitEvent(self, _stream: int, _event: int, flags: int) -> tuple[()]:  # noqa: N802
+    def _cuStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[()]:  # noqa: N802
         _check(flags == 0)
-        return ()
+        # Waiting for an event that nobody recorded is silently no wait at all: never do it.
+        _check(event in self._recorded)
+        # What computes here is the host, at once: so the copies it waits for are done now.
+        return self._cuStreamSynchronize(0) if stream != 5 else ()
 
     def _cuEventCreate(self, _flags: int) -> tuple[int]:  # noqa: N802
         self.events += 1
         return (1000 + self.events,)
 
-    def _cuEventRecord(self, _event: int, _stream: int) -> tuple[()]:  # noqa: N802
+    def _cuEventRecord(self, event: int, _stream: int) -> tuple[()]:  # noqa: N802
+        self._recorded.add(event)
         return ()
 
     def _cuEventDestroy(self, _event: int) -> tuple[()]:  # noqa: N802
         self.events -= 1
         return ()
 
+    def _cuEventSynchronize(self, _event: int) -> tuple[()]:  # noqa: N802
+        return self._cuStreamSynchronize(0)
+
     def _cuEventElapsedTime(self, _start: int, _end: int) -> tuple[float]:  # noqa: N802
-        _check(not self._queued)
         return (2.5,)
 
     def _cuMemcpyHtoDAsync(  # noqa: N802
@@ -221,6 +231,13 @@ class FakeDriver:
             if m.accessible
         )
         _check(covered == size and stream == 5)
+        self._queued.append((target, source, size))
+        return ()
+
+    def _cuMemcpyDtoHAsync(  # noqa: N802
+        self, target: int, source: int, size: int, stream: int
+    ) -> tuple[()]:
+        _check(stream == 5)
         self._queued.append((target, source, size))
         return ()
 

@@ -1,118 +1,40 @@
 """`decide` against agents that die, events that come twice, late or never, and lost commands.
 
-`FakeAgent` keeps its own books: it is the independent count of device memory. A SwapIn that
-does not fit there fails the test. When the noise stops, every request has to end.
+What must come of all this is in `tests.unit.decide_cluster`.
 """
 
 import random
 from collections.abc import Callable
 
-import msgspec
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
 
-from schemas.commands import Command
 from schemas.events import (
     CommandFailed,
-    RequestEnded,
     RequestStarted,
     RequestWithdrawn,
     SwapInCompleted,
 )
-from schemas.state import (
-    ModelSpec,
-    SwapTrace,
-)
-from schemas.stream import RequestTiming
-from services.scheduler.decide import decide
-from services.scheduler.inputs import (
-    AgentLost,
-    Demand,
-    DeploymentAdded,
-    Entry,
-    Input,
-    QueueDepths,
-    Tick,
-)
-from services.scheduler.state import ClusterState, PolicyConfig
-from tests.unit.decide_agents import SIZES, FakeAgent
+from schemas.state import ModelSpec, SwapTrace
+from services.scheduler.inputs import AgentLost, Demand, DeploymentAdded, QueueDepths, Tick
+from tests.unit.decide_agents import SIZES
+from tests.unit.decide_cluster import CONFIG, GPUS, TOO_LARGE, Cluster
 
-CONFIG = PolicyConfig(
-    retry_s=1.0,
-    retry_max_s=4.0,
-    command_timeout_s=5.0,
-    settle_s=2.0,
-    dispute_s=6.0,
-    agent_silent_s=8.0,
-)
-GPUS = {"gpu0": 100, "gpu1": 70}
-TOO_LARGE = "huge"
-PATIENCE_S = 60.0
 FATES = ("once", "once", "once", "twice", "never")
+PRELOADED = ("a", "b", "e")  # more than host memory holds
 
 
-class Cluster(RuleBasedStateMachine):
-    """Rules are what may happen at any moment; `teardown` is what must come of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 1000.0
-        self.state = ClusterState(epoch=7, config=CONFIG)
-        self.agents = {gpu: FakeAgent(gpu, size) for gpu, size in GPUS.items()}
-        self.queue: dict[str, str] = {}  # request id -> model, until it ends
-        self.num_requests = 0
-        self.log: list[Entry] = []
-        self.commands: list[Command] = []
-        self.generations: dict[tuple[str, str], int] = {}
-
-    def tell(self, event: Input) -> None:
-        self.log.append(Entry(self.now, event))
-        for command in decide(self.state, event, self.now):
-            replica = (command.gpu, command.model)
-            assert command.epoch == 7
-            assert command.generation > self.generations.get(replica, 0)
-            self.generations[replica] = command.generation
-            self.commands.append(command)
-            self.agents[command.gpu].inbox.append(command)
-        self.state.validate()
-
-    @property
-    def running(self) -> set[str]:
-        replicas = [r for agent in self.agents.values() for r in agent.replicas.values()]
-        return {request_id for r in replicas for request_id in r.running}
-
-    def start_requests(self, agent: FakeAgent, model: str) -> None:
-        if agent.replicas[model].state != "resident":
-            return
-        running = self.running
-        for request_id in [r for r, m in self.queue.items() if m == model and r not in running]:
-            agent.replicas[model].running.append(request_id)
-            agent.events.append(RequestStarted(agent.gpu, model, request_id, self.now, 1, 0.0))
-
-    def end_request(self, agent: FakeAgent, model: str) -> None:
-        if agent.replicas[model].running:
-            request_id = agent.replicas[model].running.pop(0)
-            self.queue.pop(request_id, None)
-            timing = RequestTiming()
-            agent.events.append(
-                RequestEnded(agent.gpu, model, request_id, self.now, "stop", 1, 1, timing)
-            )
-
-    # -- what may happen -------------------------------------------------------------------
+class Walk(Cluster):
+    """Rules are what may happen at any moment."""
 
     @initialize()
     def start(self) -> None:
         for model in (*SIZES, TOO_LARGE):
-            self.tell(DeploymentAdded(ModelSpec(model, f"/models/{model}", preload=model == "a")))
+            self.tell(
+                DeploymentAdded(ModelSpec(model, f"/models/{model}", preload=model in PRELOADED))
+            )
         for agent in self.agents.values():
             agent.report(self.now)
 
@@ -130,11 +52,12 @@ class Cluster(RuleBasedStateMachine):
             self.tell(Demand(request_id, model, "interactive", self.now))
 
     @precondition(lambda self: self.queue)
-    @rule(data=st.data(), is_seen=st.booleans())
-    def withdraw(self, data: st.DataObject, is_seen: bool) -> None:
+    @rule(where=st.floats(0.0, 0.999), is_seen=st.booleans())
+    def leave(self, where: float, is_seen: bool) -> None:
+        """A client that waits takes its request back."""
         waiting = sorted(set(self.queue) - self.running)
         if waiting:
-            request_id = data.draw(st.sampled_from(waiting))
+            request_id = waiting[int(where * len(waiting))]
             model = self.queue.pop(request_id)
             if is_seen:
                 self.tell(RequestWithdrawn(model, request_id, self.now, "client_left"))
@@ -156,6 +79,7 @@ class Cluster(RuleBasedStateMachine):
             *[lambda: self.take_commands(gpu(), rng.randint(1, 8))] * 4,
             *[lambda: self.work(gpu(), rng.random() < 0.85)] * 5,
             *[lambda: self.end(gpu(), model())] * 3,
+            *[lambda: self.leave(rng.random(), rng.random() < 0.7)] * 2,
             *[lambda: self.deliver_any(gpu(), rng.random(), rng.choice(FATES))] * 3,
             *[lambda: self.deliver_events(gpu(), rng.randint(1, 5))] * 3,
             *[lambda: self.deliver_status(gpu(), rng.randint(0, 2), rng.random() < 0.5)] * 6,
@@ -163,6 +87,7 @@ class Cluster(RuleBasedStateMachine):
         ]
         rare: list[Callable[[], None]] = [
             lambda: self.lose_command(gpu()),
+            lambda: self.corrupt(gpu(), model()),
             lambda: self.lose_lease(gpu()),
             lambda: self.lose_worker(gpu()),
             lambda: self.restart(gpu(), rng.random() < 0.5),
@@ -199,7 +124,12 @@ class Cluster(RuleBasedStateMachine):
     @rule(gpu=st.sampled_from(sorted(GPUS)), model=st.sampled_from(sorted(SIZES)))
     def end(self, gpu: str, model: str) -> None:
         if model in self.agents[gpu].replicas:
-            self.end_request(self.agents[gpu], model)
+            self.end_request(self.agents[gpu], model, may_cancel=True)
+
+    @rule(gpu=st.sampled_from(sorted(GPUS)), model=st.sampled_from(sorted(SIZES)))
+    def corrupt(self, gpu: str, model: str) -> None:
+        if model in self.agents[gpu].replicas:
+            self.agents[gpu].corrupt(model, self.now)
 
     @rule(
         gpu=st.sampled_from(sorted(GPUS)),
@@ -256,67 +186,10 @@ class Cluster(RuleBasedStateMachine):
         self.tell(Demand("nobody", "nobody", "batch", self.now))
         self.tell(AgentLost(gpu) if gpu == "gpu9" else Tick())
 
-    @invariant()
-    def bytes_fit(self) -> None:
-        for agent in self.agents.values():
-            assert agent.used_bytes <= agent.budget_bytes
-
-    # -- what must come of it --------------------------------------------------------------
-
-    def depths(self) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for model in self.queue.values():
-            counts[model] = counts.get(model, 0) + 1
-        return counts
-
-    def quiet_step(self) -> None:
-        """A quarter second of a healthy cluster: nothing fails, nothing gets lost."""
-        for agent in self.agents.values():
-            while agent.inbox:
-                agent.accept(self.now)
-            for model in agent.replicas:
-                self.end_request(agent, model)
-                agent.advance(model, self.now)
-                self.start_requests(agent, model)
-            agent.report(self.now)
-            agent.statuses = [s for s in agent.statuses if self.now - s[0] < CONFIG.settle_s]
-            while agent.events:
-                self.tell(agent.events.pop(0))
-            while agent.statuses:
-                self.tell(agent.statuses.pop(0)[1])
-        self.tell(QueueDepths(self.depths(), self.now))
-        self.now += 0.25
-        self.tell(Tick())
-
-    def teardown(self) -> None:
-        if not self.log:
-            return  # hypothesis checks the class itself once
-        give_up_at = self.now + PATIENCE_S
-        while (self.queue or self.state.waiting) and self.now < give_up_at:
-            self.quiet_step()
-        assert not self.queue, f"never served: {self.queue}; {self.story()}"
-        assert not self.state.waiting
-        assert self.state.deployment_view(TOO_LARGE).status in ("failed", "pending")
-        self.check_replay()
-
-    def story(self) -> str:
-        return "\n".join(
-            f"{r.life.name} {r.state} pending={r.pending} failure={r.failure} {r.life.history}"
-            for agent in self.state.agents.values()
-            for r in agent.replicas.values()
-        )
-
-    def check_replay(self) -> None:
-        """The log as JSON, told to a fresh state: the same commands."""
-        log = msgspec.json.decode(msgspec.json.encode(self.log), type=list[Entry])
-        state = ClusterState(epoch=7, config=CONFIG)
-        again = [command for entry in log for command in decide(state, entry.event, entry.now)]
-        assert again == self.commands
-
 
 def test_invariants_hold_and_everybody_is_served_whatever_happens() -> None:
     run_state_machine_as_test(
-        Cluster,
+        Walk,
         settings=settings(
             max_examples=30,
             stateful_step_count=25,
@@ -330,7 +203,7 @@ def test_invariants_hold_and_everybody_is_served_whatever_happens() -> None:
 def test_long_walks(seeds: range) -> None:
     """Hypothesis prefers short stories; these are long. The seed of a failure names its walk."""
     for seed in seeds:
-        walk = Cluster()
+        walk = Walk()
         try:
             walk.start()
             for part in range(4):
@@ -339,3 +212,22 @@ def test_long_walks(seeds: range) -> None:
         except Exception as error:
             error.add_note(f"in walk {seed}, at {walk.now:.2f}")
             raise
+
+
+@pytest.mark.parametrize("host_budgets", [(120, 75), (100, 50), (80, 50)], ids=str)
+def test_nobody_starves_though_everybody_always_waits(host_budgets: tuple[int, int]) -> None:
+    """All models are wanted all the time, and host memory holds only some of them."""
+    cluster = Walk()
+    for agent, budget in zip(cluster.agents.values(), host_budgets, strict=True):
+        agent.host_budget_bytes = budget
+    cluster.start()
+    asked_at: dict[str, float] = {}
+    end = cluster.now + 200.0
+    while cluster.now < end:
+        for model in SIZES:
+            cluster.request(model, is_seen=True)
+            asked_at[f"r{cluster.num_requests}"] = cluster.now
+        for _ in range(4):
+            cluster.quiet_step()
+        waited_s = {cluster.now - asked_at[request_id] for request_id in cluster.queue}
+        assert max(waited_s, default=0.0) < 100.0, cluster.story()

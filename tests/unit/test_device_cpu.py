@@ -57,7 +57,7 @@ def test_mapping_moves_pages_without_copying(pool: CpuPool) -> None:
 
 def test_copy_in_lands_at_its_offset(pool: CpuPool) -> None:
     region = pool.reserve(2 * PAGE_BYTES)
-    region.map(pool.take(2))
+    region.map(pool.free.take(2))
     region.tensor.zero_()
     source = torch.arange(1000).to(torch.uint8)
     region.copy_in(PAGE_BYTES - 300, source)
@@ -99,9 +99,9 @@ def test_resident_memory_and_mappings_stay_flat_over_random_cycles() -> None:
         region = regions[number]
         if region.is_mapped:
             assert int(region.tensor[-1]) == held.pop(number)
-            pool.give(region.unmap())
-        elif region.num_bytes // PAGE_BYTES <= pool.num_free:
-            region.map(pool.take(region.num_bytes // PAGE_BYTES))
+            pool.free.give(region.unmap())
+        elif region.num_bytes // PAGE_BYTES <= pool.free.num_free:
+            region.map(pool.free.take(region.num_bytes // PAGE_BYTES))
             region.copy_in(0, source[: region.num_bytes])
             held[number] = chance.randrange(256)
             region.tensor[-1] = held[number]
@@ -115,7 +115,7 @@ def test_resident_memory_and_mappings_stay_flat_over_random_cycles() -> None:
     assert [region.tensor.data_ptr() for region in regions] == addresses
     for region in regions:
         if region.is_mapped:
-            pool.give(region.unmap())
+            pool.free.give(region.unmap())
     # Everything is home: the kernel sees one mapping again, or nearly.
     pool.identity(torch.uint8).fill_(1)
     first, last = pool.home.address, pool.home.address + pool.budget_bytes

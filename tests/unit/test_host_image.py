@@ -1,5 +1,9 @@
 """The packing: order, alignment, and how little it wastes."""
 
+import mmap
+import os
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +11,17 @@ from transformers import LlamaConfig
 
 from schemas.state import ModelSpec
 from services.gpu_agent import probe, skeleton
-from services.gpu_agent.host_image import ALIGN_BYTES, Group, HostImage, Weight, plan_layout
+from services.gpu_agent.checksums import Checksums
+from services.gpu_agent.host_image import (
+    ALIGN_BYTES,
+    Group,
+    HostImage,
+    Weight,
+    fill_file,
+    is_sealed,
+    plan_layout,
+)
+from tests.unit import tiny_models
 
 SMALL = st.tuples(
     st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple),
@@ -56,6 +70,54 @@ def test_views_share_the_image() -> None:
     assert image.tensor[:24].view(torch.float32).tolist() == [1.0] * 6
     assert image.tensor[256:266].view(torch.bfloat16).tolist() == [2.0] * 5
     assert bytes(image.writable[512:516]) == b"\x00\x00\x40\x40"
+    image.free()
+
+
+def test_memory_lives_as_long_as_somebody_looks_at_it() -> None:
+    layout = plan_layout([Weight("a", "embed", (3,), torch.uint8)])
+    freed: list[str] = []
+    memory = mmap.mmap(-1, layout.num_bytes)
+    image = HostImage(layout, memory, lambda: freed.append("a"))
+    del memory
+    image.tensor.fill_(7)
+    (_, view), *_ = image.views()
+    image.free()
+    image.free()
+    assert (view.tolist(), image.tensor.numel(), freed) == ([7, 7, 7], 0, ["a"])
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_file_gives_back_what_was_filled(count: int) -> None:
+    layout = plan_layout([Weight("a", "embed", (count,), torch.float32)])
+
+    def fill(image: HostImage) -> None:
+        image.writable[: 4 * count] = bytes(range(4 * count))
+        image.checksums = Checksums.of(image.tensor, 8)
+
+    file = fill_file("test", layout, fill)
+    assert is_sealed(file, layout)
+    image = HostImage.over(file, layout, lambda: os.close(file))
+    assert image.tensor.tolist() == list(range(4 * count))
+    assert image.checksums == Checksums.of(image.tensor, 8)
+    assert image.is_read_only
+    with pytest.raises(ValueError, match="sealed"):
+        _ = image.writable
+    image.free()
+    file = fill_file("test", layout, lambda _image: None)
+    image = HostImage.over(file, layout, lambda: os.close(file))
+    assert image.checksums is None
+    image.free()
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_an_image_costs_hardly_more_memory_than_its_weights(family: str) -> None:
+    dtype, make_config = tiny_models.FAMILIES[family]  # tied and not
+    spec, config = ModelSpec("m", "x"), make_config()
+    module = skeleton.build(config, spec, dtype)
+    examined = probe.examine(module, config, spec)
+    image = HostImage(plan_layout(examined.weights))
+    parameters = sum(parameter.numel() for parameter in set(module.parameters()))
+    assert image.num_bytes <= 1.02 * parameters * dtype.itemsize
     image.free()
 
 

@@ -17,6 +17,8 @@ from services.scheduler.lifecycle import (
     CommandKind,
     InvalidTransition,
     Lifecycle,
+    PathKind,
+    begins_at,
     is_behind,
 )
 
@@ -58,6 +60,8 @@ def test_every_state_can_be_lost_and_every_state_can_be_left() -> None:
 def test_a_command_leads_along_its_path(kind: CommandKind) -> None:
     path = PATHS[kind]
     assert TRANSITIONS[path[0]][kind] in path
+    assert begins_at(kind, path[0])
+    assert not begins_at(kind, path[-1]) or kind == "register"
     for state in PENDING_STATES[kind]:
         assert TRANSITIONS[state][COMPLETED[kind]] == path[-1]
         assert TRANSITIONS[state][FAILED[kind]] in ("failed", "resident")
@@ -67,6 +71,18 @@ def test_a_failure_before_residency_holds_no_device_memory() -> None:
     assert "failed" not in DEVICE_STATES
     assert follow("load", "loaded", "swap_in", "swap_in_failed").state == "failed"
     assert follow("register", "register_failed", "register").state == "cold"
+
+
+def test_a_swap_in_that_is_called_off_is_a_swap_out() -> None:
+    arriving: list[Cause] = ["load", "loaded", "swap_in", "swap_out"]
+    assert follow(*arriving).state == "draining"
+    assert follow(*arriving, "drained", "swapped_out").state == "host"
+    assert follow(*arriving, "swap_out_failed").state == "resident"
+
+
+def test_only_an_image_whose_model_is_not_on_the_device_is_unloaded() -> None:
+    assert follow("load", "loaded", "unloaded").state == "cold"
+    assert [state for state, row in TRANSITIONS.items() if "unloaded" in row] == ["host"]
 
 
 def test_a_failed_swap_out_changes_nothing() -> None:
@@ -80,7 +96,7 @@ def test_an_invalid_transition_tells_the_story() -> None:
         life.move("swap_out", 3.0)
     assert str(caught.value) == (
         "replica gpu0/llama: no transition from 'host' by 'swap_out' "
-        "(allowed: swap_in, lost); recent history, oldest first:\n"
+        "(allowed: swap_in, unloaded, lost); recent history, oldest first:\n"
         "  0.000 cold --load--> loading\n"
         "  1.000 loading --loaded--> host"
     )
@@ -111,12 +127,15 @@ def test_the_history_is_short() -> None:
         ("swap_in", "resident", "host", True),
         ("swap_in", "swapping_in", "resident", False),
         ("swap_out", "host", "draining", True),
+        ("swap_out", "host", "swapping_in", True),
+        ("unload", "cold", "host", True),
+        ("unload", "cold", "draining", True),
         ("swap_out", "host", "cold", False),
         ("load", "host", "host", False),
         (None, "host", "resident", False),
     ],
 )
 def test_is_behind(
-    kind: CommandKind | None, ours: ReplicaState, theirs: ReplicaState, behind: bool
+    kind: PathKind | None, ours: ReplicaState, theirs: ReplicaState, behind: bool
 ) -> None:
     assert is_behind(kind, ours, theirs) is behind

@@ -195,7 +195,7 @@ def test_a_file_changed_or_cut_after_registration(
     monkeypatch.setattr(type(model._plan.checkpoint), "check_unchanged", lambda _self: None)
     with pytest.raises(BadCheckpoint, match=r"model\.safetensors was cut short while"):
         model.load(no_progress)
-    assert (model.state, pool.num_free) == ("cold", pool.num_pages)
+    assert (model.state, pool.free.num_free) == ("cold", pool.num_pages)
     monkeypatch.undo()
     file.write_bytes(whole)
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))

@@ -13,6 +13,7 @@ from schemas.state import ModelSpec
 from services.gpu_agent.device_cpu import CpuPool
 from services.gpu_agent.engine.native import NativeEngine
 from services.gpu_agent.ipc import (
+    Arriving,
     Broke,
     Loaded,
     OpFailed,
@@ -37,10 +38,20 @@ def add(engine: NativeEngine, folder: Path, family: str) -> None:
     save_tokenizer(path)
     spec = ModelSpec(family, str(path), dtype="float32")
     assert isinstance(engine.register(spec), Registered)
-    job = engine.load(family)
-    assert not isinstance(job, OpFailed)
-    assert isinstance(job(lambda done, total: None), Loaded)
-    engine.end_load(family)
+    load = engine.load(family)
+    assert not isinstance(load, OpFailed)
+    assert isinstance(engine.end_load(load.run(lambda done, total: None)), Loaded)
+
+
+def bring_in(engine: NativeEngine, family: str) -> None:
+    assert isinstance(engine.swap_in(family), Arriving)
+    (end,) = engine.end_swap_in(family)
+    assert isinstance(end, SwappedIn)
+
+
+def take_out(engine: NativeEngine, family: str) -> None:
+    (end,) = engine.swap_out(family)
+    assert isinstance(end, SwappedOut)
 
 
 def finish(engine: NativeEngine, answers: Answers) -> Answers:
@@ -70,9 +81,8 @@ def test_tokens_are_the_same_after_random_swaps(tmp_path: Path, engine: NativeEn
         family = rng.choice(families)
         if family not in resident:
             if len(resident) == 2:
-                out = engine.swap_out(resident.pop(rng.randrange(2)))
-                assert isinstance(out, SwappedOut)
-            assert isinstance(engine.swap_in(family), SwappedIn)
+                take_out(engine, resident.pop(rng.randrange(2)))
+            bring_in(engine, family)
             resident.append(family)
         tokens = ask(family)
         reference = AutoModelForCausalLM.from_pretrained(tmp_path / family, dtype=torch.float32)
@@ -85,7 +95,7 @@ def test_tokens_are_the_same_after_random_swaps(tmp_path: Path, engine: NativeEn
 def test_two_models_take_turns_and_text_prompts_work(tmp_path: Path, engine: NativeEngine) -> None:
     for family in ("llama", "qwen2"):
         add(engine, tmp_path, family)
-        engine.swap_in(family)
+        bring_in(engine, family)
     answers = Answers()
     for family in ("llama", "qwen2"):
         answers.take(engine.submit(request(family, TextPrompt("Hello"), family)))
@@ -107,17 +117,18 @@ def test_operations_out_of_place_are_refused(tmp_path: Path, engine: NativeEngin
         assert isinstance(end, Broke)
         assert end.code == "model_unavailable"
         assert words in end.message
-    refusals = [engine.swap_out("llama"), engine.swap_in("nope"), engine.load("nope")]
-    assert all(isinstance(refusal, OpFailed) for refusal in refusals)
-    engine.swap_in("llama")
+    refusals: list[object] = [*engine.swap_out("llama"), *engine.swap_out("nope")]
+    refusals += [engine.swap_in("nope"), engine.load("nope"), *engine.verify("nope")]
+    assert [type(refusal) for refusal in refusals] == [OpFailed] * 5
+    bring_in(engine, "llama")
     engine.submit(request("busy", [1], "llama"))
-    refusal = engine.swap_out("llama")
+    (refusal,) = engine.swap_out("llama")
     assert isinstance(refusal, OpFailed)
     assert "still has 1 requests" in refusal.reason
     aborted = engine.abort("model_unavailable", "the engine is shutting down")
     assert [type(m) for m in aborted] == [Broke]
     assert not engine.is_busy
-    assert isinstance(engine.swap_out("llama"), SwappedOut)
+    take_out(engine, "llama")
 
 
 def test_a_full_device_and_bad_files_are_told_with_their_cause(
@@ -126,7 +137,7 @@ def test_a_full_device_and_bad_files_are_told_with_their_cause(
     for family in ("llama", "qwen2", "mistral"):
         add(engine, tmp_path, family)
     for family in ("llama", "qwen2"):
-        engine.swap_in(family)
+        bring_in(engine, family)
     full = engine.swap_in("mistral")
     assert isinstance(full, OpFailed)
     assert "2 pages wanted, 0 free of 4" in full.reason
@@ -135,8 +146,8 @@ def test_a_full_device_and_bad_files_are_told_with_their_cause(
     assert "gone" in missing.reason
     path = tiny_models.write(tmp_path / "mute", "llama")
     engine.register(ModelSpec("mute", str(path)))
-    job = engine.load("mute")
-    assert not isinstance(job, OpFailed)
-    mute = job(lambda done, total: None)
+    load = engine.load("mute")
+    assert not isinstance(load, OpFailed)
+    mute = engine.end_load(load.run(lambda done, total: None))
     assert isinstance(mute, OpFailed)
     assert "no usable tokenizer" in mute.reason

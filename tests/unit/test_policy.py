@@ -91,6 +91,19 @@ def test_1_among_equals_the_least_pressed() -> None:
     assert scene.place("b") == Placement("gpu1", "swap_in")
 
 
+def test_1_then_where_more_of_it_is_still_on_the_device() -> None:
+    scene = Scene()
+    for gpu, budget in (("gpu0", 30), ("gpu1", 20), ("gpu2", 20)):
+        scene.gpu(gpu, budget, b=("host", 8, 0))
+    scene.waits("b")
+    assert scene.place("b") == Placement("gpu0", "swap_in")  # most free bytes
+    scene.state.agents["gpu1"].replicas["b"].cached_bytes = 3
+    scene.state.agents["gpu2"].replicas["b"].cached_bytes = 4
+    assert scene.place("b") == Placement("gpu2", "swap_in")
+    scene.gpu("gpu2", 20, a=("resident", 5, 1), b=("host", 8, 0))
+    assert scene.place("b") == Placement("gpu1", "swap_in")  # pressure counts more
+
+
 def test_2_bytes_on_their_way_out_save_a_victim() -> None:
     scene = Scene()
     agent = scene.gpu("gpu0", 20, a=("draining", 10, 0), b=("host", 8, 0), c=("resident", 9, 0))
@@ -154,6 +167,25 @@ def test_7_the_overdue_claim_what_is_not_free_yet() -> None:
     assert scene.place("b") == Placement("gpu0", "claim")
     assert scene.place("c") == Placement("gpu0", "swap_in")
     assert scene.place("c", {"gpu0": 8}) is None
+
+
+def test_8_room_in_host_memory() -> None:
+    scene = Scene()
+    agent = scene.gpu("gpu0", 30, a=("resident", 11, 0), c=("resident", 6, 1), b=("cold", 6, 0))
+    scene.waits("b")
+    assert scene.place("b") == Placement("gpu0", "load")
+    agent.host_budget_bytes = 15
+    assert scene.place("b") == Placement("gpu0", "make_room", ("a",))
+    agent.replicas["a"].in_flight = 1
+    assert scene.place("b") is None
+    scene.waits("b", NOW - 1.1)
+    assert scene.place("b") == Placement("gpu0", "make_room", ("a",))
+    agent.replicas["a"].life.move("swap_out", NOW)
+    assert scene.place("b") == Placement("gpu0", "make_room")  # until it has left
+    agent.replicas["a"].life.move("swapped_out", NOW)
+    assert scene.place("b") == Placement("gpu0", "load")
+    scene.gpu("gpu1", 30, b=("host", 6, 0))
+    assert scene.place("b") == Placement("gpu1", "swap_in")
 
 
 def test_a_model_larger_than_the_device_goes_nowhere() -> None:

@@ -1,16 +1,18 @@
 """What the meta module tells, and that nothing of it stays behind."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
-    FalconConfig,
+    AutoModelForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
     MambaConfig,
-    MistralConfig,
     MixtralConfig,
+    PreTrainedModel,
 )
 
 from schemas.state import ModelSpec
@@ -94,36 +96,81 @@ def test_tied_weights_are_one_weight_with_an_alias() -> None:
     assert result.num_parameters == sum(w.num_bytes // 2 for w in result.weights)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        LlamaConfig(**tiny_models._LLAMA_LIKE),
-        LlamaConfig(
-            **tiny_models._LLAMA_LIKE,
-            rope_parameters={
-                "rope_type": "llama3",
-                "rope_theta": 1e4,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            },
-        ),
-        MistralConfig(**tiny_models._LLAMA_LIKE),
-        FalconConfig(**tiny_models._FALCON_LIKE, alibi=False),
-    ],
-)
-def test_buffers_equal_those_of_an_ordinary_model(config: Any) -> None:
-    from transformers import AutoModelForCausalLM
+def buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: buffer.clone() for name, buffer in module.named_buffers()}
 
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_buffers_equal_those_of_an_ordinary_model(family: str) -> None:
+    config = tiny_models.FAMILIES[family][1]()
     module = skeleton.build(config, SPEC, BF16)
     skeleton.make_buffers_real(module, torch.device("cpu"), SPEC)
-    expected = AutoModelForCausalLM.from_config(config, dtype=BF16)
-    named = dict(module.named_buffers())
-    assert named.keys() == dict(expected.named_buffers()).keys()
-    for name, buffer in expected.named_buffers():
+    expected = buffers(AutoModelForCausalLM.from_config(config, dtype=BF16))
+    named = buffers(module)
+    assert named.keys() == expected.keys()
+    for name, buffer in expected.items():
         assert named[name].dtype == buffer.dtype
         assert torch.equal(named[name], buffer), name
+
+
+@pytest.mark.parametrize("family", ["llama_dynamic", "llama_yarn", "gemma_3"])
+def test_a_full_context_leaves_the_buffers_as_they_were(family: str) -> None:
+    config = tiny_models.FAMILIES[family][1]()
+    module = skeleton.build(config, SPEC, torch.float32)
+    layout = plan_layout(probe.examine(module, config, SPEC).weights)
+    skeleton.make_buffers_real(module, torch.device("cpu"), SPEC)
+    skeleton.bind(module, layout, torch.zeros(layout.num_bytes, dtype=torch.uint8))
+    before = buffers(module)
+    for length in (tiny_models.MAX_LEN, 3):
+        tiny_models.logits(module, tiny_models.prompt(length))
+        after = buffers(module)
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(buffer.is_meta for buffer in before.values())
+
+
+def test_an_attribute_that_is_also_a_buffer_stays_so() -> None:
+    # as older modelling code writes it: self.original_inv_freq = self.inv_freq
+    config = LlamaConfig(**tiny_models._LLAMA_LIKE)
+    module = skeleton.build(config, SPEC, BF16)
+    rotary: Any = module.get_submodule("model.rotary_emb")
+    expected = buffers(AutoModelForCausalLM.from_config(config, dtype=BF16))
+    del rotary.original_inv_freq
+    rotary.original_inv_freq = rotary.inv_freq.detach()
+    layout = plan_layout(probe.examine(module, config, SPEC).weights)
+    skeleton.make_buffers_real(module, torch.device("cpu"), SPEC)
+    skeleton.bind(module, layout, torch.zeros(layout.num_bytes, dtype=torch.uint8))
+    assert rotary.original_inv_freq is rotary.inv_freq
+    assert torch.equal(rotary.inv_freq, expected["model.rotary_emb.inv_freq"])
+
+
+def test_a_buffer_that_only_a_distant_module_sets_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LlamaConfig(**tiny_models._LLAMA_LIKE)
+    module = skeleton.build(config, SPEC, BF16)
+    buffer = torch.empty(3, device="meta")
+    module.get_submodule("model.norm").register_buffer("scales", buffer, persistent=False)
+    ordinary: Any = PreTrainedModel._init_weights
+
+    def init_weights(self: Any, part: nn.Module) -> None:
+        ordinary(self, part)
+        if part is module.get_submodule("model.layers.1.mlp.up_proj"):
+            module.get_buffer("model.norm.scales").fill_(7.0)
+
+    with pytest.raises(BadCheckpoint, match=r"does not set its buffer 'model.norm.scales'"):
+        skeleton.make_buffers_real(module, torch.device("cpu"), SPEC)
+    module = skeleton.build(config, SPEC, BF16)
+    module.get_submodule("model.norm").register_buffer("scales", buffer, persistent=False)
+    for sort in {type(part) for part in module.modules() if isinstance(part, PreTrainedModel)}:
+        monkeypatch.setattr(sort, "_init_weights", init_weights)
+    skeleton.make_buffers_real(module, torch.device("cpu"), SPEC)
+    assert module.get_buffer("model.norm.scales").tolist() == [7.0] * 3
+
+
+def test_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
+    path = tiny_models.write(tmp_path / "m", "llama")
+    tiny_models.edit_config(path, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(BadCheckpoint, match=r"is quantized \(fp8\), which is not supported"):
+        skeleton.read_config(path, SPEC)
 
 
 def test_binding_leaves_nothing_on_the_meta_device_and_no_global_state() -> None:

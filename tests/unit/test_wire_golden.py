@@ -51,10 +51,22 @@ TRACE = state.SwapTrace(
     total_s=0.521,
     num_bytes=247_463_936,
     layers=(state.LayerCopy(name="model.layers.0", num_bytes=2_097_152, copy_s=0.0002),),
+    decision_s=0.25,
+    first_layer_s=0.002,
+    kept_bytes=2_097_152,
+    verify_s=0.125,
+    ceiling_gb_per_s=12.5,
+    link=state.PcieLink(generation=4, width=16, replays=7),
 )
 TIMING = stream.RequestTiming(queue_wait_s=0.75, prefill_s=0.125, decode_s=2.5)
 REPLICA = state.ReplicaStatus(
-    model="m", state="failed", generation=3, in_flight=2, facts=FACTS, reason="checksum"
+    model="m",
+    state="failed",
+    generation=3,
+    in_flight=2,
+    facts=FACTS,
+    reason="checksum",
+    cached_bytes=4_194_304,
 )
 SAMPLING = requests.SamplingParams(
     seed=42,
@@ -89,7 +101,7 @@ _CHUNK: dict[str, Any] = {"request_id": "req-1", "attempt": 2}
 EXAMPLES: tuple[msgspec.Struct, ...] = (
     commands.Register(**_COMMAND, spec=SPEC),
     commands.Load(**_COMMAND, request_id="req-1"),
-    commands.SwapIn(**_COMMAND, request_id="req-1"),
+    commands.SwapIn(**_COMMAND, request_id="req-1", waiting_since=AT - 1, decided_at=AT - 0.75),
     commands.SwapOut(**_COMMAND, request_id="req-1"),
     events.AgentStarted(
         gpu="gpu0",
@@ -103,9 +115,20 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     events.WorkerDied(gpu="gpu0", at=AT, reason="exit status -9"),
     events.ModelRegistered(**_EVENT, facts=FACTS),
     events.ModelLoaded(**_EVENT, num_bytes=247_463_936, load_s=1.5),
-    events.LoadProgressed(gpu="gpu0", model="m", at=AT, done_bytes=1024, total_bytes=4096),
+    events.ModelUnloaded(**_EVENT, num_bytes=247_463_936),
+    events.LoadProgressed(
+        gpu="gpu0", model="m", at=AT, done_bytes=1024, total_bytes=4096, gb_per_s=1.5
+    ),
     events.SwapInCompleted(**_EVENT, trace=TRACE),
+    events.SwapInCancelled(**_EVENT, trace=TRACE),
+    events.FirstTokenSent(
+        **_EVENT, request_id="req-1", prompt_tokens=12, first_token_s=0.5, swap_s=0.25
+    ),
     events.SwapOutCompleted(**_EVENT, trace=TRACE),
+    events.VerificationFailed(**_EVENT, check="page", reason="page 7 of 118 differs"),
+    events.ModelVerified(
+        gpu="gpu0", model="m", at=AT, num_pages=118, num_bytes=247_463_936, verify_s=0.5
+    ),
     events.CommandFailed(**_EVENT, command="load", reason="model.safetensors is missing"),
     events.CommandRejected(**_EVENT, command="swap_in", reason="epoch 4 is older than 5"),
     events.RequestStarted(
@@ -134,6 +157,8 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         used_bytes=281_018_368,
         page_bytes=2_097_152,
         replicas=(REPLICA,),
+        host_budget_bytes=8_589_934_592,
+        host_used_bytes=247_463_936,
     ),
     state.DeploymentRecord(
         spec=SPEC, status="failed", reason="no config.json", facts=FACTS, created_at=1767225600

@@ -75,6 +75,11 @@ class Control:
         self.send(ipc.Load(spec.name))
         self.expect(ipc.Loaded)
 
+    def swap_in(self, model: str) -> ipc.SwappedIn:
+        self.send(ipc.SwapIn(model))
+        self.expect(ipc.Arriving)
+        return self.expect(ipc.SwappedIn)
+
     def close(self) -> None:
         self.sock.close()
         if self.process.poll() is None:
@@ -99,8 +104,7 @@ def test_a_whole_life(tmp_path: Path, control: Control) -> None:
     assert (control.ready.device, control.ready.budget_bytes) == ("cpu", 4 * PAGE_BYTES)
     for family in ("llama", "mistral"):
         control.add(spec_of(tmp_path, family))
-    control.send(ipc.SwapIn("llama"))
-    assert control.expect(ipc.SwappedIn).used_bytes == 2 * PAGE_BYTES
+    assert control.swap_in("llama").memory.device_bytes == 2 * PAGE_BYTES
     prompt = tiny_models.prompt(30).tolist()[0]
     control.send(
         ipc.Submit(request("ids", prompt, "llama")),
@@ -116,14 +120,15 @@ def test_a_whole_life(tmp_path: Path, control: Control) -> None:
     assert codes == {"away": "model_unavailable", "long": "context_length_exceeded"}
 
     # The same tokens after the pages have served another model.
-    control.send(ipc.SwapOut("llama"), ipc.SwapIn("mistral"))
-    assert control.expect(ipc.SwappedOut).used_bytes == 0
-    control.expect(ipc.SwappedIn)
+    control.send(ipc.SwapOut("llama"))
+    out = control.expect(ipc.SwappedOut)
+    assert (out.memory.device_bytes, out.memory.cached_bytes) == (0, {"llama": PAGE_BYTES})
+    control.swap_in("mistral")
     control.send(ipc.Submit(request("other", prompt, "mistral")))
     control.answers(1)
-    control.send(ipc.SwapOut("mistral"), ipc.SwapIn("llama"))
+    control.send(ipc.SwapOut("mistral"))
     control.expect(ipc.SwappedOut)
-    control.expect(ipc.SwappedIn)
+    assert control.swap_in("llama").trace.num_bytes == 0  # its page was in nobody's way
     control.send(ipc.Submit(request("again", prompt, "llama")))
     assert control.answers(1)["again"].tokens == answers["ids"].tokens
 
@@ -153,8 +158,7 @@ def test_failures_are_answered_and_the_worker_goes_on(tmp_path: Path, control: C
     }
     assert all(f.reason for f in failed)
     control.add(spec)
-    control.send(ipc.SwapIn("llama"))
-    control.expect(ipc.SwappedIn)
+    control.swap_in("llama")
     control.send(ipc.Submit(request("a", [1, 2], "llama", max_tokens=200)), ipc.SwapOut("llama"))
     answers = Answers()
     while not isinstance(message := control.receive(), ipc.OpFailed):
@@ -168,8 +172,7 @@ def test_failures_are_answered_and_the_worker_goes_on(tmp_path: Path, control: C
 
 def test_shutdown_ends_running_requests(tmp_path: Path, control: Control) -> None:
     control.add(spec_of(tmp_path, "llama"))
-    control.send(ipc.SwapIn("llama"))
-    control.expect(ipc.SwappedIn)
+    control.swap_in("llama")
     for name in ("a", "b"):
         control.send(ipc.Submit(request(name, [1, 2], "llama", max_tokens=200)))
     control.expect(ipc.Begun)

@@ -9,9 +9,14 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Qwen2Config,
+    Qwen3Config,
 )
 
 VOCABULARY: Final = 256
@@ -36,12 +41,45 @@ _FALCON_LIKE: Final = {
     "eos_token_id": 2,
 }
 
-# name -> (dtype, config). float32 and bfloat16 are mixed on purpose.
+_GEMMA_LIKE: Final = {**_LLAMA_LIKE, "head_dim": 16}
+
+
+def _roped(rope_type: str, **settings: float) -> LlamaConfig:
+    """A Llama whose context was stretched from 64 tokens, a quarter of MAX_LEN."""
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0, **settings}
+    return LlamaConfig(**_LLAMA_LIKE, rope_parameters=rope)
+
+
+# name -> (dtype, config). The dtypes are mixed on purpose.
 FAMILIES: Final[dict[str, tuple[torch.dtype, Callable[[], Any]]]] = {
     "llama": (torch.float32, lambda: LlamaConfig(**_LLAMA_LIKE)),
     "llama_tied": (torch.bfloat16, lambda: LlamaConfig(**_LLAMA_LIKE, tie_word_embeddings=True)),
+    "llama_3": (
+        torch.bfloat16,
+        lambda: _roped(
+            "llama3",
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+    ),
+    "llama_yarn": (
+        torch.float32,
+        lambda: _roped("yarn", original_max_position_embeddings=64),
+    ),
+    "llama_linear": (torch.float16, lambda: _roped("linear")),
+    "llama_dynamic": (torch.bfloat16, lambda: _roped("dynamic")),
     "mistral": (torch.bfloat16, lambda: MistralConfig(**_LLAMA_LIKE, sliding_window=16)),
     "qwen2": (torch.float32, lambda: Qwen2Config(**_LLAMA_LIKE)),
+    "qwen3": (torch.float16, lambda: Qwen3Config(**_LLAMA_LIKE, head_dim=16)),
+    "mixtral": (torch.float32, lambda: MixtralConfig(**_LLAMA_LIKE, num_local_experts=4)),
+    "gemma": (torch.float16, lambda: GemmaConfig(**_GEMMA_LIKE)),
+    "gemma_2": (torch.bfloat16, lambda: Gemma2Config(**_GEMMA_LIKE, sliding_window=16)),
+    # one layer in six sees all: the sixth of these
+    "gemma_3": (
+        torch.bfloat16,
+        lambda: Gemma3TextConfig(**{**_GEMMA_LIKE, "num_hidden_layers": 7}, sliding_window=16),
+    ),
     # as Falcon 7B: one KV head, attention and MLP in parallel
     "falcon_7b": (
         torch.bfloat16,

@@ -26,6 +26,7 @@ import torch
 
 from schemas.requests import GenerateRequest
 from schemas.stream import ErrorCode
+from services.gpu_agent.arrival import NotArrived
 from services.gpu_agent.engine.kv import KVStore, OutOfBlocks
 from services.gpu_agent.engine.prompts import InvalidPrompt, ModelText
 from services.gpu_agent.engine.row import Row
@@ -62,7 +63,7 @@ class Batch:
         self._max_batch = max_batch
         self._max_model_len = max_model_len
         self._limit = min(max_model_len, kv.num_tokens)  # tokens of the longest possible row
-        self._chunk_tokens = chunk_tokens
+        self.chunk_tokens = chunk_tokens  # of a prompt, in one forward pass
         self._wall_clock = wall_clock
         self._waiting: deque[Row] = deque()
         self._running: dict[str, Row] = {}  # in order of admission
@@ -140,6 +141,8 @@ class Batch:
             if rows[0].in_prefill:  # a chunk, and not the prompt's last one
                 return out
             chosen = sample(logits, [row.sampler for row in rows])
+        except NotArrived:  # nothing was computed; the next step tries again
+            return out
         except Exception as error:  # whatever a model does, only its own rows may suffer
             logger.exception("model %s: forward pass failed", self._text.model)
             message = f"model {self._text.model!r} failed: {type(error).__name__}: {error}"
@@ -210,7 +213,7 @@ class Batch:
 
     def _forward(self, rows: Sequence[Row]) -> torch.Tensor:
         """Compute each row's next tokens: logits (rows, vocabulary) at the last of them."""
-        most = self._chunk_tokens if rows[0].in_prefill else 1
+        most = self.chunk_tokens if rows[0].in_prefill else 1
         spans = [row.span(most) for row in rows]
         view = self._kv.view(spans)
         new_ids = [row.ids[span.start : span.end] for row, span in zip(rows, spans, strict=True)]

@@ -1,204 +1,206 @@
 """The native engine: transformers models on the agent's own pages.
 
-It owns the page pool, every registered model, and one `Batch` per resident model. All calls
-come from one thread, except that the job that `load` or `find_files` gives is run elsewhere.
+It owns the page pool, every registered model, and one `Batch` per model on the device. All calls
+come from one thread, except that the jobs of its `Library` are run elsewhere.
 
-    register ──> load ──> swap_in ──> submit, cancel, step ... ──> swap_out ──> swap_in ──> ...
+    register ──> load ──> swap_in ──> (arriving) ──> resident ──> swap_out ──> swap_in ──> ...
+                                          submit, cancel, step ...
 
-Operations answer with a message for control: what was done, or OpFailed with a reason that
+A swap-in takes its time in threads of its own. Requests may be submitted as soon as it has begun:
+their forward waits, group by group, for the weights that it needs. `poll` ends the swap-ins that
+are over; nothing that was computed from a model leaves before that, because its weights are
+checked last.
+
+Operations answer with messages for control: what was done, or OpFailed with a reason that
 a person can act on. None of them raises for what a model or a request does.
 """
 
-import logging
-import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Final, Literal, TypeAlias
-
-import msgspec
+from typing import Final
 
 from schemas.requests import GenerateRequest
-from schemas.state import ModelSpec
 from schemas.stream import ErrorCode
-from services.gpu_agent import checkpoint
-from services.gpu_agent.checkpoint import BadCheckpoint
-from services.gpu_agent.engine.batch import Batch
+from services.gpu_agent.checksums import Corruption
+from services.gpu_agent.engine.batch import DEFAULT_CHUNK_TOKENS, Batch
 from services.gpu_agent.engine.kv import KVStore
-from services.gpu_agent.engine.prompts import BadTokenizer, ModelText
+from services.gpu_agent.engine.library import (
+    EngineOptions,
+    Library,
+    failed,
+    not_registered,
+)
 from services.gpu_agent.hosted import HostedModel
 from services.gpu_agent.ipc import (
+    Arriving,
     Broke,
+    Corrupted,
     Done,
     FromWorker,
-    Loaded,
     OpFailed,
-    Registered,
+    Produced,
+    SwapInCancelled,
     SwappedIn,
     SwappedOut,
+    Verified,
 )
-from services.gpu_agent.pages import DeviceError, OutOfPages, PagePool
+from services.gpu_agent.pages import OutOfPages, PagePool
 
-logger = logging.getLogger(__name__)
-
-Op: TypeAlias = Literal["register", "load", "swap_in", "swap_out"]
-OnProgress: TypeAlias = Callable[[int, int], None]  # (bytes done, bytes in all)
-
-# Causes that a person can act on, with a message that says so; anything else is a fault of
-# ours and gets a traceback in the log.
-EXPECTED: Final = (BadCheckpoint, BadTokenizer, OutOfPages, DeviceError, MemoryError)
+# While a model arrives its first layer is there long before its last: a prompt in several chunks
+# would send each of them, but for the first, through layers that have long been waiting.
+ARRIVING_CHUNK_TOKENS: Final = 4096
 
 
-class NativeEngine:
-    """See the module's text."""
+def _never() -> bool:
+    return False
 
-    def __init__(self, pool: PagePool) -> None:
-        self._pool = pool
-        self._models: dict[str, HostedModel] = {}
-        self._texts: dict[str, ModelText] = {}
-        self._texts_lock = threading.Lock()  # a loading thread reads tokenizers, too
-        self._loading: set[str] = set()
+
+def _nothing() -> None:
+    pass
+
+
+class NativeEngine(Library):
+    """See the module's text.
+
+    ``interrupted()``: asked while a forward waits for weights; True gives it up, to be run again
+    by a later step. ``on_swap_in_over()`` is called in another thread: `poll` has something.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        options: EngineOptions | None = None,
+        interrupted: Callable[[], bool] = _never,
+        on_swap_in_over: Callable[[], None] = _nothing,
+    ) -> None:
+        super().__init__(pool, options or EngineOptions())
+        self._interrupted = interrupted
+        self._on_swap_in_over = on_swap_in_over
         self._batches: dict[str, Batch] = {}
         self._owner: dict[str, str] = {}  # request id -> model; only of requests not ended
-        self._turn: list[str] = []  # resident models, the next one to step first
+        self._turn: list[str] = []  # models on the device, the next one to step first
 
     @property
     def is_busy(self) -> bool:
         """Whether `step` has anything to do."""
         return bool(self._owner)
 
-    # -- operations on models --------------------------------------------------------------
+    # -- swapping --------------------------------------------------------------------------
 
-    def needs_files(self, spec: ModelSpec) -> bool:
-        """Whether `find_files` may take long, because ``spec`` is to come from the hub."""
-        known = self._models.get(spec.name)
-        is_known = known is not None and known.spec == spec
-        return not is_known and not Path(spec.source).expanduser().exists()
+    def swap_in(self, model: str) -> Arriving | OpFailed:
+        """Begin to bring the host image onto device pages; there is a batch from now on.
 
-    def find_files(self, spec: ModelSpec) -> Path | OpFailed:
-        """``spec``'s folder, downloaded if need be. May run in any thread."""
-        try:
-            return checkpoint.find(spec)
-        except Exception as error:
-            return _failed(spec.name, "register", error)
-
-    def register(self, spec: ModelSpec, folder: Path | None = None) -> Registered | OpFailed:
-        """Look at ``spec``'s files (in ``folder`` where `find_files` found them).
-
-        The same spec again answers the same facts. Another spec replaces a cold model.
-        """
-        known = self._models.get(spec.name)
-        if known is not None and known.spec == spec:
-            return Registered(spec.name, known.facts)
-        if known is not None and (known.state != "cold" or spec.name in self._loading):
-            return OpFailed(
-                spec.name,
-                "register",
-                f"model {spec.name!r} is already registered with other settings and is "
-                f"{known.state}: restart the agent to change them",
-            )
-        try:
-            local = spec if folder is None else msgspec.structs.replace(spec, source=str(folder))
-            hosted = HostedModel.inspect(local, self._pool)
-        except Exception as error:
-            return _failed(spec.name, "register", error)
-        hosted.spec = spec
-        if known is not None:
-            known.close()
-        self._models[spec.name] = hosted
-        with self._texts_lock:
-            self._texts.pop(spec.name, None)
-        return Registered(spec.name, hosted.facts)
-
-    def load(self, model: str) -> Callable[[OnProgress], Loaded | OpFailed] | OpFailed:
-        """The job that fills ``model``'s host image, to be run in any thread, or a refusal.
-
-        Call `end_load` in the engine's thread once the job is over.
+        `poll` tells how it ended.
         """
         hosted = self._models.get(model)
         if hosted is None:
-            return OpFailed(model, "load", _not_registered(model))
-        if model in self._loading:
-            return OpFailed(model, "load", f"model {model!r} is being loaded already")
-        self._loading.add(model)
-
-        def job(on_progress: OnProgress) -> Loaded | OpFailed:
-            began = time.perf_counter()
-            try:
-                # The tokenizer first: without one nothing can be served, and it is quick
-                # to find out. Reading it here also keeps it off the first request's path.
-                self._text_of(hosted)
-                num_bytes = hosted.load(on_progress)
-            except Exception as error:
-                return _failed(model, "load", error)
-            return Loaded(model, num_bytes, time.perf_counter() - began)
-
-        return job
-
-    def end_load(self, model: str) -> None:
-        self._loading.discard(model)
-
-    def swap_in(self, model: str) -> SwappedIn | OpFailed:
-        """Host image -> device pages, and an empty batch."""
-        hosted = self._models.get(model)
-        if hosted is None:
-            return OpFailed(model, "swap_in", _not_registered(model))
+            return OpFailed(model, "swap_in", not_registered(model))
         if hosted.state != "host":
-            cause = "is resident already" if hosted.state == "resident" else "is not loaded yet"
+            cause = "is not loaded yet" if hosted.state == "cold" else f"is {hosted.state} already"
             return OpFailed(model, "swap_in", f"model {model!r} {cause}")
         try:
-            trace = hosted.swap_in()
+            text = self._text_of(hosted)
+            hosted.begin_swap_in(self._interrupted, self._on_swap_in_over)
         except OutOfPages as error:
             return OpFailed(model, "swap_in", f"model {model!r} does not fit now: {error}")
         except Exception as error:
-            return _failed(model, "swap_in", error)
+            return failed(model, "swap_in", error)
         try:
             self._batches[model] = Batch(
                 hosted.module,
                 KVStore(self._pool, hosted.geometry, hosted.kv_pages),
-                self._text_of(hosted),
+                text,
                 max_model_len=hosted.facts.max_model_len,
                 max_batch=hosted.facts.max_batch,
+                chunk_tokens=ARRIVING_CHUNK_TOKENS,
             )
         except Exception as error:
-            hosted.swap_out()
-            return _failed(model, "swap_in", error)
+            hosted.call_off_swap_in()
+            return failed(model, "swap_in", error)
+        self._tier.touch(model)
         self._turn.append(model)
-        return SwappedIn(model, trace, self._pool.used_bytes)
+        return Arriving(model)
 
-    def swap_out(self, model: str) -> SwappedOut | OpFailed:
-        """Drop ``model``'s pages. Refused while requests run: control drains first."""
+    def poll(self) -> list[FromWorker]:
+        """End the swap-ins that are over: SwappedIn, or what went wrong."""
+        over = [name for name in self._turn if self._models[name].is_swap_in_over]
+        return [message for name in over for message in self.end_swap_in(name)]
+
+    def end_swap_in(self, model: str) -> list[FromWorker]:
+        """Wait until ``model`` has arrived, and say how it went."""
+        hosted, batch = self._models[model], self._batches[model]
+        try:
+            trace = hosted.end_swap_in()
+        except Exception as error:
+            return self._swap_in_failed(hosted, error)
+        batch.chunk_tokens = DEFAULT_CHUNK_TOKENS
+        return [SwappedIn(model, trace, self.memory())]
+
+    def _swap_in_failed(self, hosted: HostedModel, error: Exception) -> list[FromWorker]:
+        answer = failed(hosted.spec.name, "swap_in", error)
+        out: list[FromWorker] = []
+        if isinstance(error, Corruption):
+            out += self._corrupted(hosted, error)
+        return [*out, answer, *self._drop_batch(hosted.spec.name, answer.reason)]
+
+    def swap_out(self, model: str) -> list[FromWorker]:
+        """Drop ``model``'s pages, or call its swap-in off. Refused while requests run: control
+        drains first.
+        """
         hosted, batch = self._models.get(model), self._batches.get(model)
         if hosted is None:
-            return OpFailed(model, "swap_out", _not_registered(model))
+            return [OpFailed(model, "swap_out", not_registered(model))]
         if batch is None:
-            return OpFailed(model, "swap_out", f"model {model!r} is not resident")
+            return [OpFailed(model, "swap_out", f"model {model!r} is not resident")]
         if batch.num_requests:
-            return OpFailed(
-                model,
-                "swap_out",
+            reason = (
                 f"model {model!r} still has {batch.num_requests} requests: drain or cancel them "
-                "before swapping it out",
+                "before swapping it out"
             )
+            return [OpFailed(model, "swap_out", reason)]
+        out: list[FromWorker] = []
         try:
-            trace = hosted.swap_out()
+            if hosted.state == "arriving":
+                trace = hosted.call_off_swap_in()
+                out.append(SwapInCancelled(model, trace))
+            else:
+                trace = hosted.swap_out()
+        except Corruption as error:  # the swap-in had failed before it was called off
+            refusal = OpFailed(model, "swap_out", f"model {model!r} is not resident")
+            return [*self._swap_in_failed(hosted, error), refusal]
         except Exception as error:
-            return _failed(model, "swap_out", error)
-        del self._batches[model]
-        self._turn.remove(model)
-        return SwappedOut(model, trace, self._pool.used_bytes)
+            return [failed(model, "swap_out", error)]
+        self._drop_batch(model, "")
+        self._tier.touch(model)
+        return [*out, SwappedOut(model, trace, self.memory())]
 
-    def _text_of(self, hosted: HostedModel) -> ModelText:
-        """The model's tokenizer, read at first use. Raises BadTokenizer."""
-        spec = hosted.spec
-        with self._texts_lock:
-            text = self._texts.get(spec.name)
-            if text is None:
-                text = ModelText.read(
-                    spec.name, hosted.folder, hosted.config, spec.trust_remote_code
-                )
-                self._texts[spec.name] = text
-            return text
+    def verify(self, model: str) -> list[FromWorker]:
+        """Check every page of ``model``. Takes long where it is large."""
+        hosted = self._models.get(model)
+        if hosted is None:
+            return [OpFailed(model, "verify", not_registered(model))]
+        began = time.perf_counter()
+        try:
+            num_pages = hosted.verify()
+        except Corruption as error:
+            out = self._corrupted(hosted, error)
+            return [*out, *self._drop_batch(model, str(error))]
+        except Exception as error:
+            return [failed(model, "verify", error)]
+        took = time.perf_counter() - began
+        return [Verified(model, num_pages, hosted.layout.num_bytes, took)]
+
+    def _corrupted(self, hosted: HostedModel, error: Corruption) -> list[FromWorker]:
+        self._tier.release(hosted.spec.name)
+        return [Corrupted(hosted.spec.name, error.check, str(error), self.memory())]
+
+    def _drop_batch(self, model: str, reason: str) -> list[FromWorker]:
+        """Forget the batch; requests that are in it end here, and control queues them again."""
+        batch = self._batches.pop(model, None)
+        if batch is None:
+            return []
+        self._turn.remove(model)
+        return self._settle(batch.abort("model_unavailable", reason))
 
     # -- requests --------------------------------------------------------------------------
 
@@ -230,14 +232,40 @@ class NativeEngine:
         return self._settle(ended)
 
     def step(self) -> list[FromWorker]:
-        """One step of one busy model; models take turns."""
-        for model in list(self._turn):
+        """One step of one busy model; models take turns.
+
+        One that is still arriving computes only while no other has anything to do, because its
+        forward waits.
+        """
+        busy = [model for model in self._turn if self._batches[model].num_requests]
+        here = [model for model in busy if self._models[model].state == "resident"]
+        for model in here or busy:
             self._turn.remove(model)
             self._turn.append(model)
-            batch = self._batches[model]
-            if batch.num_requests:
-                return self._settle(batch.step())
+            if here:
+                return self._settle(self._batches[model].step())
+            return self._step_arriving(model)
         return []
+
+    def _step_arriving(self, model: str) -> list[FromWorker]:
+        """A step whose forward waits for weights. Its tokens leave after they were checked."""
+        hosted, batch = self._models[model], self._batches[model]
+        if hosted.wants_canary:
+            try:
+                hosted.run_canary()
+            except Exception:  # it did not arrive, or the model can not compute: the end will tell
+                return []
+        out = self._settle(batch.step())
+        if not any(isinstance(message, Produced | Done) for message in out):
+            return out
+        told = self.end_swap_in(model)
+        if any(isinstance(message, OpFailed) for message in told):
+            ended = [m.request_id for m in out if isinstance(m, Done)]
+            told += [
+                Broke(name, "model_unavailable", "its weights failed a check") for name in ended
+            ]
+            return told + [message for message in out if isinstance(message, Broke)]
+        return told + out
 
     def _settle(self, out: list[FromWorker]) -> list[FromWorker]:
         """Forget the requests that ``out`` ends."""
@@ -245,16 +273,3 @@ class NativeEngine:
             if isinstance(message, Done | Broke):
                 self._owner.pop(message.request_id, None)
         return out
-
-
-def _not_registered(model: str) -> str:
-    return f"model {model!r} is not registered on this GPU: register it first"
-
-
-def _failed(model: str, op: Op, error: Exception) -> OpFailed:
-    if isinstance(error, EXPECTED):
-        return OpFailed(model, op, str(error) or type(error).__name__)
-    logger.error("model %s: %s failed", model, op, exc_info=error)
-    return OpFailed(
-        model, op, f"model {model!r}: {op} failed: {type(error).__name__}: {error} (see the log)"
-    )

@@ -1,0 +1,67 @@
+"""What a model needs, in tokens, pages and bytes: from its spec, its config and the trial run."""
+
+from typing import Any
+
+from torch import nn
+
+from schemas.state import ModelFacts, ModelSpec
+from services.gpu_agent.checkpoint import BadCheckpoint
+from services.gpu_agent.host_image import Layout
+from services.gpu_agent.pages import PagePool
+from services.gpu_agent.probe import Examined, KVGeometry
+
+
+def find_facts(
+    spec: ModelSpec,
+    config: Any,
+    module: nn.Module,
+    examined: Examined,
+    layout: Layout,
+    dtype: Any,
+    pool: PagePool,
+) -> ModelFacts:
+    """All bytes are rounded up to whole pages of ``pool``. Raises BadCheckpoint."""
+    max_model_len = _max_model_len(spec, config)
+    return ModelFacts(
+        architecture=type(module).__name__,
+        dtype=str(dtype).removeprefix("torch."),
+        num_parameters=examined.num_parameters,
+        weight_bytes=pool.pages_for(layout.num_bytes) * pool.page_bytes,
+        kv_bytes=_kv_pages(spec, examined.geometry, max_model_len, pool) * pool.page_bytes,
+        max_model_len=max_model_len,
+        max_batch=spec.max_batch,
+    )
+
+
+def _max_model_len(spec: ModelSpec, config: Any) -> int:
+    """The context length, in tokens: the lesser of what was asked and what was trained."""
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
+    trained = next((n for name in names if isinstance(n := getattr(text, name, None), int)), None)
+    asked = spec.max_model_len
+    if asked is not None and asked < 1:
+        raise BadCheckpoint(f"model {spec.name!r}: max_model_len = {asked} is not positive")
+    if asked is None and trained is None:
+        raise BadCheckpoint(
+            f"model {spec.name!r}: its config.json gives no context length: set max_model_len"
+        )
+    if asked is not None and trained is not None and asked > trained:
+        raise BadCheckpoint(
+            f"model {spec.name!r}: max_model_len = {asked} is more than the {trained} tokens "
+            "of its config.json: lower it or leave it out"
+        )
+    return min(n for n in (asked, trained) if n is not None)
+
+
+def _kv_pages(spec: ModelSpec, geometry: KVGeometry, max_model_len: int, pool: PagePool) -> int:
+    """Pages of the KV reserve. A page holds K and V of all layers for its tokens."""
+    tokens_per_page = pool.page_bytes // geometry.bytes_per_token
+    if tokens_per_page < 1:
+        raise BadCheckpoint(
+            f"model {spec.name!r}: one token's K and V take {geometry.bytes_per_token} bytes, more "
+            f"than a page of {pool.page_bytes}: use larger pages"
+        )
+    kv_tokens = max_model_len if spec.kv_tokens is None else spec.kv_tokens
+    if kv_tokens < 1:
+        raise BadCheckpoint(f"model {spec.name!r}: kv_tokens = {kv_tokens} is not positive")
+    return -(-kv_tokens // tokens_per_page)

@@ -1,0 +1,155 @@
+"""What news does to the belief: events here, statuses in `services.scheduler.reconcile`.
+
+Nothing is commanded here. An answer counts only if it is the one that is waited for: the
+generation it echoes says which command it answers, and `Replica.floor` says which are past.
+"""
+
+from schemas.events import (
+    AgentStopped,
+    CommandFailed,
+    CommandRejected,
+    LoadProgressed,
+    ModelLoaded,
+    ModelRegistered,
+    ModelUnloaded,
+    RequestEnded,
+    RequestStarted,
+    RequestWithdrawn,
+    SwapInCompleted,
+    SwapOutCompleted,
+    WorkerDied,
+)
+from schemas.state import AgentStatus
+from services.scheduler.inputs import AgentLost, Demand, DeploymentAdded, Input, QueueDepths
+from services.scheduler.lifecycle import COMPLETED, PENDING_STATES, CommandKind
+from services.scheduler.reconcile import absorb_status, fail, finish, retire_instance
+from services.scheduler.replica import Replica
+from services.scheduler.state import ClusterState, Waiter
+
+
+def absorb(state: ClusterState, event: Input, now: float) -> None:
+    """Move the belief by ``event``, seen at ``now`` (unix seconds)."""
+    match event:
+        case Demand():
+            state.add_waiter(Waiter(event.request_id, event.model, event.klass, event.at))
+        case RequestStarted():
+            state.remove_waiter(event.model, event.request_id, event.at)
+            _count_in_flight(state, event.gpu, event.model, 1, now)
+        case RequestEnded():
+            state.remove_waiter(event.model, event.request_id, event.at)
+            _count_in_flight(state, event.gpu, event.model, -1, now)
+        case RequestWithdrawn():
+            state.remove_waiter(event.model, event.request_id, event.at)
+        case QueueDepths():
+            state.match_depths(event.depths, event.at)
+        case AgentStatus():
+            agent = state.agent(event.gpu)
+            absorb_status(agent, event, state.config, now)
+        case ModelRegistered():
+            replica = _answered(state, event.gpu, event.model, event.generation, "register")
+            if replica and replica.pending:
+                replica.facts = event.facts
+                if not replica.may_stray:  # else it need not be cold: a status will tell
+                    _complete(replica, "register", now)
+        case ModelLoaded():
+            replica = _answered(state, event.gpu, event.model, event.generation, "load")
+            if replica:
+                _complete(replica, "load", now)
+        case ModelUnloaded():
+            _unload(state, event, now)
+        case SwapInCompleted():
+            replica = _answered(state, event.gpu, event.model, event.generation, "swap_in")
+            if replica:
+                _complete(replica, "swap_in", now)
+        case SwapOutCompleted():
+            replica = _answered(state, event.gpu, event.model, event.generation, "swap_out")
+            if replica:
+                _complete(replica, "swap_out", now)
+        case CommandFailed():
+            replica = _answered(state, event.gpu, event.model, event.generation, event.command)
+            if replica and (replica.pending or event.command != "register"):
+                fail(replica, event.command, event.reason, state.config, now)
+        case CommandRejected():
+            replica = state.find_replica(event.gpu, event.model)
+            if replica and replica.pending and event.generation == replica.generation:
+                # Our belief was wrong. Keep it, bytes and all, until a status that was surely
+                # sent after this says what is right.
+                replica.pending = None
+                replica.believe_at = now + state.config.settle_s
+        case LoadProgressed():
+            replica = state.find_replica(event.gpu, event.model)
+            if replica and replica.pending and replica.pending.kind == "load":
+                replica.pending.seen_at = now
+        case WorkerDied():
+            # Its replicas are cold, but this event may also be a late one about an earlier
+            # worker: command nothing and free no byte until a status tells.
+            if event.gpu in state.agents:
+                state.agents[event.gpu].worker_died = True
+        case AgentLost():
+            if event.gpu in state.agents:
+                state.agents[event.gpu].is_alive = False
+        case AgentStopped():
+            stopped = state.agents.get(event.gpu)
+            if stopped and stopped.instance == event.instance:
+                retire_instance(stopped, now)
+        case DeploymentAdded():
+            _add_deployment(state, event)
+        case _:
+            # Tick; AgentStarted, LeaderElected, VerificationFailed: nothing that a status or a
+            # CommandFailed does not say better. SwapInCancelled: its SwapOutCompleted follows.
+            # FirstTokenSent, ModelVerified: nothing to decide.
+            pass
+
+
+def _answered(
+    state: ClusterState, gpu: str, model: str, generation: int, kind: CommandKind
+) -> Replica | None:
+    """The replica that waits for this answer; None if nobody does (any more)."""
+    replica = state.find_replica(gpu, model)
+    if replica is None or not replica.floor <= generation <= replica.generation:
+        return None
+    if replica.pending and replica.pending.kind != kind:
+        return None
+    return replica if replica.state in PENDING_STATES[kind] else None
+
+
+def _complete(replica: Replica, kind: CommandKind, now: float) -> None:
+    replica.life.move(COMPLETED[kind], now)
+    replica.last_kind = kind
+    finish(replica, kind, now)
+
+
+def _unload(state: ClusterState, event: ModelUnloaded, now: float) -> None:
+    """The host image is gone, unless it was loaded again since, or a swap-in is on its way: the
+    agent rejects that one.
+    """
+    agent = state.agents.get(event.gpu)
+    replica = state.find_replica(event.gpu, event.model)
+    if agent is None or replica is None or replica.state != "host":
+        return
+    if not replica.floor <= event.generation <= replica.generation:
+        return
+    agent.host_used_bytes = max(0, agent.host_used_bytes - event.num_bytes)
+    replica.life.move("unloaded", now)
+    replica.last_kind = "unload"
+    replica.believe_at = None
+
+
+def _count_in_flight(state: ClusterState, gpu: str, model: str, change: int, now: float) -> None:
+    """Between statuses; the next status sets it right if an event was lost or came twice."""
+    replica = state.find_replica(gpu, model)
+    if replica:
+        replica.in_flight = max(0, replica.in_flight + change)
+        replica.last_used = now
+
+
+def _add_deployment(state: ClusterState, event: DeploymentAdded) -> None:
+    spec = event.spec
+    known = state.deployments.get(spec.name)
+    state.deployments[spec.name] = spec
+    if known is None or known == spec:
+        return
+    for agent in state.agents.values():
+        replica = agent.replicas.get(spec.name)
+        if replica and replica.state == "cold" and replica.is_settled:
+            replica.facts = None  # what was found under the old settings; look again

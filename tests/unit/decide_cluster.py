@@ -1,0 +1,153 @@
+"""A cluster without a bus for random walks: what must hold at any moment, and come of any story.
+
+`FakeAgent` keeps its own books: it is the independent count of memory. A SwapIn that does not
+fit there fails the test. When the noise stops, every request has to end, and then the cluster
+comes to rest: no command is given any more.
+"""
+
+from typing import Literal
+
+import msgspec
+from hypothesis.stateful import RuleBasedStateMachine, invariant
+
+from schemas.commands import Command
+from schemas.events import RequestEnded, RequestStarted
+from schemas.stream import RequestTiming
+from services.scheduler.decide import decide
+from services.scheduler.inputs import Entry, Input, QueueDepths, Tick
+from services.scheduler.state import ClusterState, PolicyConfig
+from tests.unit.decide_agents import FakeAgent
+
+CONFIG = PolicyConfig(
+    retry_s=1.0,
+    retry_max_s=4.0,
+    command_timeout_s=5.0,
+    settle_s=2.0,
+    dispute_s=6.0,
+    agent_silent_s=8.0,
+)
+GPUS = {"gpu0": 100, "gpu1": 70}
+HOST_BUDGETS = {"gpu0": 120, "gpu1": 75}  # for weights of 50 + 50 + 20 + 20 + 80
+TOO_LARGE = "huge"
+PATIENCE_S = 60.0
+QUIET_STEP_S = 0.25
+REST_S = 15.0
+
+
+class Cluster(RuleBasedStateMachine):
+    """The scheduler's state and its agents, without a bus: `tell` carries commands over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+        self.state = ClusterState(epoch=7, config=CONFIG)
+        self.agents = {gpu: FakeAgent(gpu, size, HOST_BUDGETS[gpu]) for gpu, size in GPUS.items()}
+        self.queue: dict[str, str] = {}  # request id -> model, until it ends
+        self.num_requests = 0
+        self.log: list[Entry] = []
+        self.commands: list[Command] = []
+        self.generations: dict[tuple[str, str], int] = {}
+
+    def tell(self, event: Input) -> None:
+        self.log.append(Entry(self.now, event))
+        for command in decide(self.state, event, self.now):
+            replica = (command.gpu, command.model)
+            assert command.epoch == 7
+            assert command.generation > self.generations.get(replica, 0)
+            self.generations[replica] = command.generation
+            self.commands.append(command)
+            self.agents[command.gpu].inbox.append(command)
+        self.state.validate()
+
+    @property
+    def running(self) -> set[str]:
+        replicas = [r for agent in self.agents.values() for r in agent.replicas.values()]
+        return {request_id for r in replicas for request_id in r.running}
+
+    def start_requests(self, agent: FakeAgent, model: str) -> None:
+        if not agent.replicas[model].may_start:
+            return
+        running = self.running
+        for request_id in [r for r, m in self.queue.items() if m == model and r not in running]:
+            agent.replicas[model].running.append(request_id)
+            agent.events.append(RequestStarted(agent.gpu, model, request_id, self.now, 1, 0.0))
+
+    def end_request(self, agent: FakeAgent, model: str, may_cancel: bool) -> None:
+        """The oldest one ends. While the model still arrives it can only be cancelled."""
+        replica = agent.replicas[model]
+        if replica.running and (may_cancel or not replica.is_arriving):
+            request_id = replica.running.pop(0)
+            self.queue.pop(request_id, None)
+            outcome: Literal["stop", "cancelled"] = "cancelled" if replica.is_arriving else "stop"
+            timing = RequestTiming()
+            agent.events.append(
+                RequestEnded(agent.gpu, model, request_id, self.now, outcome, 1, 1, timing)
+            )
+
+    @invariant()
+    def bytes_fit(self) -> None:
+        for agent in self.agents.values():
+            assert agent.used_bytes <= agent.budget_bytes
+            assert agent.host_used_bytes <= agent.host_budget_bytes
+
+    # -- what must come of it --------------------------------------------------------------
+
+    def depths(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for model in self.queue.values():
+            counts[model] = counts.get(model, 0) + 1
+        return counts
+
+    def quiet_step(self) -> None:
+        """A quarter second of a healthy cluster: nothing fails, nothing gets lost."""
+        for agent in self.agents.values():
+            while agent.inbox:
+                agent.accept(self.now)
+            for model in agent.replicas:
+                self.end_request(agent, model, may_cancel=False)
+                agent.advance(model, self.now)
+                self.start_requests(agent, model)
+            agent.report(self.now)
+            agent.statuses = [s for s in agent.statuses if self.now - s[0] < CONFIG.settle_s]
+            while agent.events:
+                self.tell(agent.events.pop(0))
+            while agent.statuses:
+                self.tell(agent.statuses.pop(0)[1])
+        self.tell(QueueDepths(self.depths(), self.now))
+        self.now += QUIET_STEP_S
+        self.tell(Tick())
+
+    def teardown(self) -> None:
+        if not self.log:
+            return  # hypothesis checks the class itself once
+        give_up_at = self.now + PATIENCE_S
+        while (self.queue or self.state.waiting) and self.now < give_up_at:
+            self.quiet_step()
+        assert not self.queue, f"never served: {self.queue}; {self.story()}"
+        assert not self.state.waiting
+        self.check_rest()
+        assert self.state.deployment_view(TOO_LARGE).status in ("failed", "pending")
+        self.check_replay()
+
+    def check_rest(self) -> None:
+        """Nobody waits: after retries and preloads there is nothing left to command."""
+        for _ in range(int(REST_S / QUIET_STEP_S)):
+            self.quiet_step()
+        num_commands = len(self.commands)
+        for _ in range(int(REST_S / QUIET_STEP_S)):
+            self.quiet_step()
+        assert not self.commands[num_commands:], self.story()
+
+    def story(self) -> str:
+        return "\n".join(
+            f"{r.life.name} {r.state} pending={r.pending} failure={r.failure} {r.life.history}"
+            for agent in self.state.agents.values()
+            for r in agent.replicas.values()
+        )
+
+    def check_replay(self) -> None:
+        """The log as JSON, told to a fresh state: the same commands."""
+        log = msgspec.json.decode(msgspec.json.encode(self.log), type=list[Entry])
+        state = ClusterState(epoch=7, config=CONFIG)
+        again = [command for entry in log for command in decide(state, entry.event, entry.now)]
+        assert again == self.commands
