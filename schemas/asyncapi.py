@@ -51,7 +51,7 @@ class Channel(NamedTuple):
 class Operation(NamedTuple):
     """One thing that one service does on one channel; no ``messages`` means all of them."""
 
-    service: Literal["api", "scheduler", "agent"]
+    service: Literal["api", "scheduler", "agent", "admin"]
     action: Literal["send", "receive"]
     channel: str
     summary: str
@@ -104,6 +104,13 @@ CHANNELS = (
         get_args(commands.Command),
     ),
     Channel(
+        "verify",
+        _template(names.verify_subject("GPU")),
+        "Core NATS. Answered by a ModelVerified or VerificationFailed event, if the agent holds "
+        "the model's weights.",
+        (requests.VerifyRequest,),
+    ),
+    Channel(
         "status",
         _template(names.status_subject("GPU")),
         "Core NATS. An agent's heartbeat, also sent at once after every change.",
@@ -128,6 +135,7 @@ CHANNELS = (
 )
 
 OPERATIONS = (
+    Operation("admin", "send", "verify", "Check a model's weights on demand."),
     Operation("api", "send", "requests", "Queue a request for its model."),
     Operation("api", "receive", "reply", "Relay the answer to the HTTP client."),
     Operation("api", "send", "cancel", "Give up a request: the client left or nobody waits."),
@@ -139,7 +147,13 @@ OPERATIONS = (
     Operation("scheduler", "send", "commands", "Load, swap in and swap out replicas."),
     Operation("scheduler", "receive", "status", "Follow memory, residency and load."),
     Operation("scheduler", "receive", "events", "Follow what became of commands and requests."),
-    Operation("scheduler", "send", "events", "Report a change of leader.", (events.LeaderElected,)),
+    Operation(
+        "scheduler",
+        "send",
+        "events",
+        "Report a change of leader, and models that nobody can serve.",
+        get_args(events.SchedulerEvent),
+    ),
     Operation("scheduler", "send", "models", "Record deployments."),
     Operation("scheduler", "send", "placement", "Record what is desired."),
     Operation("scheduler", "send", "leases", "Hold the leader's lease."),
@@ -148,6 +162,7 @@ OPERATIONS = (
     Operation("agent", "send", "reply", "Stream the answer."),
     Operation("agent", "receive", "cancel", "Stop a running request."),
     Operation("agent", "receive", "commands", "Carry out the leader's commands."),
+    Operation("agent", "receive", "verify", "Check a model's weights."),
     Operation("agent", "send", "status", "Report memory and replicas."),
     Operation("agent", "send", "events", "Report what it did.", get_args(events.AgentEvent)),
     Operation("agent", "send", "residency", "Record what is."),

@@ -115,8 +115,9 @@ class SwapOutCompleted(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.swap_o
 class VerificationFailed(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.verification_failed"):
     """Weights are not what was loaded.
 
-    The replica fails, its host image is dropped, and no token computed from it leaves; its
-    requests go back to the queue. Where a swap-in was under way, its CommandFailed follows.
+    The host image is dropped, no token computed from it leaves, and its requests go back to the
+    queue; the replica is cold until it is loaded again, or failed where this keeps happening.
+    Where a swap-in was under way, its CommandRejected (CommandFailed) follows.
     """
 
     gpu: str
@@ -198,6 +199,14 @@ class LeaderElected(msgspec.Struct, frozen=True, tag="hotswap.scheduler.v1.leade
     at: float
 
 
+class DeploymentFailed(msgspec.Struct, frozen=True, tag="hotswap.scheduler.v1.deployment_failed"):
+    """No GPU can serve the model; ``reason`` says why and what to do. It may heal."""
+
+    model: str
+    at: float
+    reason: str
+
+
 AgentEvent: TypeAlias = (
     AgentStarted
     | AgentStopped
@@ -217,7 +226,8 @@ AgentEvent: TypeAlias = (
     | RequestStarted
     | RequestEnded
 )
-Event: TypeAlias = AgentEvent | RequestWithdrawn | LeaderElected
+SchedulerEvent: TypeAlias = LeaderElected | DeploymentFailed
+Event: TypeAlias = AgentEvent | RequestWithdrawn | SchedulerEvent
 
 
 def kind_of(event: Event) -> str:
@@ -231,4 +241,4 @@ def kind_of(event: Event) -> str:
 
 
 def event_types() -> tuple[type[msgspec.Struct], ...]:
-    return (*get_args(AgentEvent), RequestWithdrawn, LeaderElected)
+    return (*get_args(AgentEvent), RequestWithdrawn, *get_args(SchedulerEvent))

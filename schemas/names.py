@@ -71,6 +71,10 @@ def command_subject(gpu: str) -> str:
     return f"{PREFIX}.agent.{escape(gpu)}.command"
 
 
+def verify_subject(gpu: str | None = None) -> str:
+    return f"{PREFIX}.agent.{escape(gpu) if gpu else '*'}.verify"
+
+
 def status_subject(gpu: str | None = None) -> str:
     return f"{PREFIX}.agent.{escape(gpu) if gpu else '*'}.status"
 

@@ -62,6 +62,15 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag="hotswap.request.v1.gener
     deadline_at: float  # unix seconds; after this nobody waits for the answer
 
 
+class VerifyRequest(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.verify"):
+    """operator -> agent: compare every page of ``model``'s weights with what was loaded.
+
+    Answered by ModelVerified or VerificationFailed, where the agent holds the weights.
+    """
+
+    model: str
+
+
 class CancelRequest(msgspec.Struct, frozen=True, tag="hotswap.request.v1.cancel"):
     request_id: str
     model: str

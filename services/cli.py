@@ -52,6 +52,7 @@ def cli() -> None:
     hotswap up               serve the models of hotswap.toml
     hotswap status           what is resident where
     hotswap trace            where the time of a request went
+    hotswap verify           check a model's weights in memory against what was loaded
 
     \b
     Exit status:
@@ -136,6 +137,24 @@ def status(config_file: Path, nats_url: str | None, creds: Path | None, as_json:
 
     config = _load(config_file)
     asyncio.run(status_view.run(_bus_options(config, nats_url, creds, "admin"), as_json))
+
+
+@cli.command()
+@config_option
+@bus_options
+@click.argument("model")
+@click.option("--timeout", "timeout_s", default=300.0, show_default=True, help="Seconds to wait.")
+def verify(
+    config_file: Path, nats_url: str | None, creds: Path | None, model: str, timeout_s: float
+) -> None:
+    """Check every page of MODEL's weights, wherever they are in memory, against what was loaded.
+
+    Damaged weights are dropped and loaded again from their files; the exit status is 1 then.
+    """
+    from services.ops import verify as verify_view
+
+    options = _bus_options(_load(config_file), nats_url, creds, "admin")
+    sys.exit(asyncio.run(verify_view.run(options, model, timeout_s)))
 
 
 @cli.command()

@@ -16,7 +16,7 @@ from pathlib import Path
 from schemas import names
 from schemas.commands import Command, Register
 from schemas.events import AgentStarted, AgentStopped, WorkerDied
-from schemas.requests import CancelRequest
+from schemas.requests import CancelRequest, VerifyRequest
 from schemas.state import AgentStatus
 from services.bus import Bus, Message
 from services.gpu_agent import ipc
@@ -87,6 +87,7 @@ class AgentControl:
         await self.serving.start()
         await self._bus.subscribe(names.command_subject(self.gpu), Command, self._on_command)
         await self._bus.subscribe(names.cancel_subject(), CancelRequest, self._on_cancel)
+        await self._bus.subscribe(names.verify_subject(self.gpu), VerifyRequest, self._on_verify)
         if self.ready:
             await self._announce(self.ready)
         else:
@@ -163,6 +164,12 @@ class AgentControl:
             await self.operations.reject(command, words)
         else:
             await self.operations.execute(command, replica, message.context)
+
+    async def _on_verify(self, message: Message[VerifyRequest]) -> None:
+        """Anybody may ask: it changes nothing, unless weights are damaged."""
+        replica = self.replicas.get(message.body.model)
+        if replica and replica.state in ("host", "resident"):
+            self.worker.send(ipc.Verify(message.body.model))
 
     # -- requests ------------------------------------------------------------------------
 

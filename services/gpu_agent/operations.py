@@ -59,6 +59,7 @@ Answer: TypeAlias = (
     | ipc.Corrupted
     | ipc.OpFailed
 )
+MAX_CORRUPTIONS = 3  # of one model on one GPU: then the replica is failed
 _UNLOADED = "its host image made room for another model's"
 _NOTHING = ipc.Memory(0, 0, {})
 _OPS: dict[type, Op] = {Register: "register", Load: "load", SwapIn: "swap_in", SwapOut: "swap_out"}
@@ -192,7 +193,7 @@ class Operations:
                 )
                 return
             case ipc.Registered(_, facts):
-                replica.facts, replica.corruption = facts, ""
+                replica.facts, replica.lost_image = facts, ""
                 await self._reporter.event(ModelRegistered(*where, facts))
             case ipc.Loaded(_, num_bytes, load_s, memory):
                 self._note_memory(memory)
@@ -203,7 +204,8 @@ class Operations:
                 )
                 await self._reporter.event(ModelLoaded(*where, num_bytes, load_s))
             case ipc.Unloaded() if replica.state != "host":
-                replica.has_lost_image = True  # a swap-in is on its way to the worker, and fails
+                # A swap-in is on its way to the worker, and will fail.
+                replica.lost_image = _UNLOADED
                 return
             case ipc.Unloaded(_, num_bytes):
                 replica.move("cold", _UNLOADED)
@@ -230,11 +232,14 @@ class Operations:
                 self._note_memory(memory)
                 log.error("verification of %s failed: %s", model, reason)
                 replica.stop_pulling()
-                if replica.state != "swapping_in":  # else OpFailed follows, and says so
-                    replica.move("failed", reason)
-                replica.corruption = reason
+                replica.num_corruptions += 1
+                if replica.state in ("swapping_in", "draining", "swapping_out"):
+                    replica.lost_image = reason  # OpFailed follows, and settles it
+                else:
+                    replica.move(_after_corruption(replica), reason)
                 await self._reporter.event(VerificationFailed(*where, check, reason))
                 await self._serving.hand_back(replica)
+                await self.swap_out_if_drained(replica)
             case ipc.OpFailed():
                 await self._failed(answer, replica)
         await self._changed(replica)
@@ -263,19 +268,16 @@ class Operations:
             return
         if op == "swap_out" and replica.state != "swapping_out":
             return  # it is out already: the swap-in that it was to call off had failed
-        was_leaving = replica.state in ("draining", "swapping_out")
-        replica.move(_AFTER_FAILURE[op], reason)
-        if replica.corruption:
-            replica.move("failed", replica.corruption)
-            replica.corruption = ""
         where = (self._gpu, answer.model, replica.generation, time.time())
-        if replica.has_lost_image:
-            # It left to make room for another model's before the command could reach the worker:
-            # nothing is wrong with the model.
-            replica.has_lost_image = False
-            replica.move("cold", _UNLOADED)
-            await self._reporter.event(CommandRejected(*where, op, _UNLOADED))
+        if replica.lost_image and replica.num_corruptions < MAX_CORRUPTIONS:
+            # Nothing is wrong with the model: it is loaded again, and its requests wait for that.
+            replica.move("cold", replica.lost_image)
+            replica.lost_image = ""
+            await self._reporter.event(CommandRejected(*where, op, replica.reason))
             return
+        was_leaving = replica.state in ("draining", "swapping_out")
+        replica.move("failed" if replica.lost_image else _AFTER_FAILURE[op], reason)
+        replica.lost_image = ""
         await self._reporter.event(CommandFailed(*where, op, reason))
         if op == "swap_in":
             replica.stop_pulling()
@@ -294,6 +296,11 @@ class Operations:
         self.memory = memory
         for model, replica in self._replicas.items():
             replica.cached_bytes = memory.cached_bytes.get(model, 0)
+
+
+def _after_corruption(replica: Replica) -> ReplicaState:
+    """Its files are good as far as anybody knows; but what keeps happening needs a person."""
+    return "failed" if replica.num_corruptions >= MAX_CORRUPTIONS else "cold"
 
 
 def _with_drain(trace: SwapTrace, drain_started_at: float) -> SwapTrace:

@@ -42,8 +42,8 @@ class Replica:
     decided_at: float = 0.0  # first command for that waiter; 0: unknown
     awaits_first_token: bool = False  # since the last swap-in
     cached_bytes: int = 0  # of its weights, still on the device though swapped out
-    has_lost_image: bool = False  # dropped by the worker before a swap-in that was sent to it
-    corruption: str = ""  # why its swap-in, whose failure is still to come, did not verify
+    lost_image: str = ""  # why the worker dropped its image under a swap-in, whose end is to come
+    num_corruptions: int = 0  # how often its weights were not what was loaded
     last_swap_in: SwapTrace | None = None
     drain_started_at: float = 0.0
     pull: Pull | None = None  # while it may take requests

@@ -23,7 +23,7 @@ import msgspec
 
 from schemas import names
 from schemas.commands import Command
-from schemas.events import Event, LeaderElected, kind_of
+from schemas.events import DeploymentFailed, Event, LeaderElected, kind_of
 from schemas.state import AgentStatus, DeploymentRecord, LeaseRecord, PlacementRecord
 from services.bus import (
     Bucket,
@@ -178,7 +178,7 @@ class Leader:
             for command in self._decide(event, now):
                 await self._execute(command, now)
             self._spans.observe(event, now)
-            self._publish_deployments()
+            await self._publish_deployments(now)
 
     async def close(self) -> None:
         """Listen no more: the next leader in this process has a state of its own."""
@@ -265,14 +265,22 @@ class Leader:
         )
         self._placement.put(names.replica_key(command.gpu, command.model), record)
 
-    def _publish_deployments(self) -> None:
-        """Write every deployment whose record changed."""
+    async def _publish_deployments(self, now: float) -> None:
+        """Write every deployment whose record changed, and tell of those that failed."""
         for name, spec in self.state.deployments.items():
             view = self.state.deployment_view(name)
             record = DeploymentRecord(spec, view.status, view.reason, view.facts, self._created_at)
             if self._published.get(name) != record:
                 self._published[name] = record
                 self._models.put(names.escape(name), record)
+                if record.status == "failed":
+                    await self._tell(DeploymentFailed(name, now, record.reason))
+
+    async def _tell(self, event: DeploymentFailed) -> None:
+        try:
+            await self._bus.publish(names.event_subject(kind_of(event), model=event.model), event)
+        except BusError as error:
+            log.error("lost the event %s: %s", event, error)
 
     async def _forget_removed_models(self) -> None:
         """Records of models that the configuration no longer names."""

@@ -12,8 +12,8 @@ from transformers import FalconConfig, LlamaConfig, Qwen2Config
 
 from schemas.state import ModelSpec
 from services.gpu_agent.arrival import Arrival
-from services.gpu_agent.device_cpu import CpuPool
 from services.gpu_agent.hosted import HostedModel
+from services.gpu_agent.pages import PagePool
 from services.gpu_agent.transfer import Transfer, Verify
 from tests.unit import tiny_models
 
@@ -49,6 +49,14 @@ LARGER: Final[dict[str, tuple[torch.dtype, Callable[[], Any]]]] = {
 }
 
 
+# Weights of 8 pages, and the byte tokenizer's vocabulary.
+DEEP: Final = "deep_llama"
+_FAMILIES: Final = {
+    **LARGER,
+    DEEP: (torch.float32, lambda: LlamaConfig(**{**_LLAMA_LIKE, "vocab_size": 256})),
+}
+
+
 def no_progress(_done: int, _total: int) -> None:
     pass
 
@@ -56,26 +64,26 @@ def no_progress(_done: int, _total: int) -> None:
 def write(folder: Path, family: str) -> Path:
     """The checkpoint of a tiny or a larger ``family``."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, config in LARGER.items():
+        for name, config in _FAMILIES.items():
             patch.setitem(tiny_models.FAMILIES, name, config)
         return tiny_models.write(folder / family, family)
 
 
-def load(folder: Path, pool: CpuPool, family: str, verify: Verify = "sampled") -> HostedModel:
+def load(folder: Path, pool: PagePool, family: str, verify: Verify = "sampled") -> HostedModel:
     """``family``, registered and loaded."""
     model = HostedModel.inspect(ModelSpec(family, str(write(folder, family))), pool, verify)
     model.load(no_progress)
     return model
 
 
-def scribble(pool: CpuPool, pages: tuple[int, ...]) -> None:
+def scribble(pool: PagePool, pages: tuple[int, ...]) -> None:
     """Somebody else writes to ``pages``, which are taken."""
     memory = pool.identity(torch.uint8)
     for page in pages:
         memory[page * pool.page_bytes : (page + 1) * pool.page_bytes] = 0xAB
 
 
-def leave_only(pool: CpuPool, num_pages: int, chance: random.Random) -> list[int]:
+def leave_only(pool: PagePool, num_pages: int, chance: random.Random) -> list[int]:
     """Overwrite all free pages and let random ``num_pages`` be free; returns the others."""
     taken = pool.free.take(pool.free.num_free)
     scribble(pool, taken)
@@ -90,7 +98,7 @@ class InStep:
     Give ``interrupted`` to the swap-in; `let_go` copies the rest.
     """
 
-    def __init__(self, patch: pytest.MonkeyPatch, pool: CpuPool) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, pool: PagePool) -> None:
         pool.link_bytes_per_s = 1e15  # one thread, so the pieces are copied in order
         self.num_waits = 0  # guards that had to wait
         self._given = self._used = 0

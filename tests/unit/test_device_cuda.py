@@ -1,5 +1,6 @@
 """The CUDA pool against a recording stand-in for the driver. No GPU is involved."""
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from services.gpu_agent import device, device_cpu
 from services.gpu_agent.device_cuda import CudaPool
 from services.gpu_agent.hosted import HostedModel
 from services.gpu_agent.pages import DeviceError
+from services.gpu_agent.transfer import Verify
 from tests.unit import tiny_models
 from tests.unit.fake_driver import GRANULARITY, FakeDriver, Result
+from tests.unit.swap_kit import InStep, load
 
 PAGE = 2 * GRANULARITY
 OpenPool = Callable[..., CudaPool]
@@ -170,6 +173,95 @@ def test_a_failed_copy_gives_all_pages_back(
         model.swap_in()
     assert (pool.free.num_free, model.state, model.kv_pages) == (8, "host", ())
     model.swap_in()
+    model.close()
+    pool.close()
+
+
+# What a swap may call: nothing that creates, reserves, pins or destroys.
+ON_THE_SWAP_PATH = {
+    "cuCtxSetCurrent",
+    "cuEventElapsedTime",
+    "cuEventRecord",
+    "cuEventSynchronize",
+    "cuMemMap",
+    "cuMemSetAccess",
+    "cuMemUnmap",
+    "cuMemcpyDtoHAsync",
+    "cuMemcpyHtoDAsync",
+    "cuStreamSynchronize",
+    "cuStreamWaitEvent",
+}
+
+
+@pytest.mark.parametrize(("verify", "num_reads"), [("off", 0), ("sampled", 10), ("all", 10)])
+def test_swaps_create_nothing_and_read_back_only_to_check(
+    driver: FakeDriver, open_pool: OpenPool, tmp_path: Path, verify: Verify, num_reads: int
+) -> None:
+    pool = open_pool()
+    models = [load(tmp_path, pool, family, verify) for family in ("llama", "mistral")]
+    spare = set(pool.spare_events)
+    driver.calls.clear()
+    for number in range(10):
+        model = models[number % 2]
+        model.begin_swap_in()
+        tiny_models.logits(model.module, tiny_models.prompt())
+        model.end_swap_in()
+        model.swap_out()
+        with pool.link:
+            model.begin_swap_in()
+            model.call_off_swap_in()
+        if number % 3:
+            scribble(pool)
+    assert set(driver.names()) <= ON_THE_SWAP_PATH
+    assert driver.count("cuMemcpyDtoHAsync") == num_reads
+    assert driver.count("cuMemUnmap") == 20
+    for thread in threading.enumerate():
+        if thread.name == "swap-in":
+            thread.join()
+    assert set(pool.spare_events) == spare  # none lost, none given back twice
+    assert len(pool.spare_events) == len(spare)
+    for model in models:
+        model.close()
+    pool.close()
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon_40b", "gemma_2"])
+def test_a_forward_during_the_arrival_waits_for_recorded_events_only(
+    driver: FakeDriver,
+    open_pool: OpenPool,
+    tmp_path: Path,
+    family: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = open_pool()
+    model = load(tmp_path, pool, family)
+    ids = tiny_models.prompt()
+    expected = tiny_models.logits(tiny_models.reference(model.folder), ids)
+    scribble(pool)
+    step = InStep(monkeypatch, pool)
+    driver.calls.clear()
+    model.begin_swap_in(step.interrupted)
+    found = tiny_models.logits(model.module, ids)
+    step.let_go()
+    model.end_swap_in()
+    assert torch.equal(found, expected)
+    num_groups = len(model.layout.groups)
+    assert step.num_waits >= num_groups - 1
+    # Every wait of the compute stream is for an event of the copy stream's that was recorded
+    # after the copy, and before the wait.
+    recorded: dict[int, int] = {}  # event -> how many copies were before it
+    waited: list[int] = []
+    num_copies = 0
+    for name, arguments in list(driver.calls):
+        if name == "cuMemcpyHtoDAsync":
+            num_copies += 1
+        if name == "cuEventRecord" and arguments[1] == pool.copy_stream:
+            recorded[arguments[0]] = num_copies
+        if name == "cuStreamWaitEvent" and arguments[0] == 9:
+            waited.append(recorded[arguments[1]])
+    assert num_copies == num_groups
+    assert waited == sorted(waited)
+    assert set(range(1, num_groups)) <= set(waited)
     model.close()
     pool.close()
 

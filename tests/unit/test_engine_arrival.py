@@ -2,9 +2,10 @@
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from schemas.state import ModelSpec
 from services.gpu_agent.canary import Canary
 from services.gpu_agent.checksums import Checksums
 from services.gpu_agent.device_cpu import CpuPool
-from services.gpu_agent.engine.native import EngineOptions, NativeEngine
+from services.gpu_agent.engine.library import EngineOptions
+from services.gpu_agent.engine.native import NativeEngine
 from services.gpu_agent.hosted import HostedModel
 from services.gpu_agent.ipc import (
     Arriving,
@@ -50,7 +52,7 @@ class Bench:
     def __post_init__(self) -> None:
         self.pool = CpuPool(4)
         self.over = threading.Event()
-        self.is_interrupted = lambda: False
+        self.is_interrupted: Callable[[], bool] = lambda: False
         self.engine = NativeEngine(
             self.pool,
             EngineOptions(verify=self.verify),
@@ -88,7 +90,7 @@ class Bench:
         leave_only(self.pool, 0, random.Random(0))
         self.pool.free.give(range(self.pool.num_pages))
 
-    def submit(self, name: str, model: str, **sampling: object) -> None:
+    def submit(self, name: str, model: str, **sampling: Any) -> None:
         self.told += self.engine.submit(request(name, PROMPT, model, **sampling))
 
     def finish(self) -> Answers:
@@ -177,7 +179,7 @@ def test_messages_of_random_interleavings(bench: Bench, monkeypatch: pytest.Monk
     there: dict[str, str] = {}  # model -> "arriving" or "resident"
     model_of: dict[str, str] = {}
     cancelled: set[str] = set()
-    counts = {kind: 0 for kind in (SwappedIn, SwapInCancelled, SwappedOut, Done)}
+    counts: dict[type, int] = dict.fromkeys((SwappedIn, SwapInCancelled, SwappedOut, Done), 0)
     answers = Answers()
 
     def take(messages: list[FromWorker]) -> None:

@@ -176,6 +176,8 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     _generate(requests.TextPrompt(text="Once upon a time")),
     _generate(requests.TokenPrompt(token_ids=(1, 2, 3))),
     requests.CancelRequest(request_id="req-1", model="m"),
+    requests.VerifyRequest(model="m"),
+    events.DeploymentFailed(model="m", at=1.5, reason="needs 9 MiB of device memory"),
     stream.Started(**_CHUNK, gpu="gpu0", start="switch", swap=TRACE),
     stream.Tokens(**_CHUNK, index=7, token_ids=(11, 12), text=" a time"),
     stream.Finished(

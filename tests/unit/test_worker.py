@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from schemas.requests import TextPrompt
 from schemas.state import ModelSpec
 from services.gpu_agent import ipc, worker
-from tests.unit import tiny_models
+from tests.unit import swap_kit, tiny_models
 from tests.unit.engine_kit import Answers, expected_greedy, request, save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,12 +32,12 @@ MessageT = TypeVar("MessageT")
 class Control:
     """The test's side of the socket, and the worker's process."""
 
-    def __init__(self, budget_pages: int = 4) -> None:
+    def __init__(self, budget_pages: int = 4, *options: str) -> None:
         self.sock, theirs = socket.socketpair()
         self.sock.settimeout(PATIENCE_S)
         command = [sys.executable, "-m", "services.gpu_agent.worker", "--fd", str(theirs.fileno())]
         command += ["--device", "cpu", "--budget-bytes", str(budget_pages * PAGE_BYTES)]
-        command += ["--threads", "1"]
+        command += ["--threads", "1", *options]
         with theirs:
             self.process = subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()])
         self._frames = ipc.FrameReader()
@@ -168,6 +169,45 @@ def test_failures_are_answered_and_the_worker_goes_on(tmp_path: Path, control: C
     end = control.answers(1, answers)["a"].end
     assert isinstance(end, ipc.Done)
     assert end.finish_reason == "cancelled"
+
+
+def test_a_slow_arrival_is_called_off_long_before_its_end(tmp_path: Path) -> None:
+    folder = swap_kit.write(tmp_path, swap_kit.DEEP)
+    save_tokenizer(folder)
+    num_bytes = (folder / "model.safetensors").stat().st_size
+    copy_s = 4.0
+    control = Control(10, "--link-gb-per-s", str(num_bytes / copy_s / 1e9))
+    spec = ModelSpec("m", str(folder))
+    control.add(spec)
+    prompt = tiny_models.prompt(30).tolist()[0]
+    cached = 0
+    while not cached:  # at the first try, unless the machine is very busy
+        control.send(ipc.SwapIn("m"))
+        control.expect(ipc.Arriving)
+        control.send(ipc.Submit(request("a", prompt, "m")))
+        readable, _, _ = select.select([control.sock], [], [], copy_s * 0.4)
+        assert readable == []  # its forward waits, and nothing is told
+        began = time.monotonic()
+        control.send(ipc.Cancel("a"))
+        end = control.answers(1)["a"].end
+        assert time.monotonic() - began < copy_s / 4
+        assert isinstance(end, ipc.Done)
+        assert (end.finish_reason, end.completion_tokens) == ("cancelled", 0)
+        control.send(ipc.SwapOut("m"))
+        trace = control.expect(ipc.SwapInCancelled).trace
+        assert trace.num_bytes < 0.9 * num_bytes
+        assert trace.copy_s < 0.9 * copy_s
+        memory = control.expect(ipc.SwappedOut).memory
+        assert memory.device_bytes == 0
+        cached = memory.cached_bytes.get("m", 0)
+    control.send(ipc.SwapIn("m"))
+    control.expect(ipc.Arriving)
+    control.send(ipc.Submit(request("b", prompt, "m")))
+    trace = control.expect(ipc.SwappedIn).trace
+    assert (trace.kept_bytes, trace.num_bytes > 0) == (cached, True)
+    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert control.answers(1)["b"].tokens == expected_greedy(module, prompt, 8)
+    control.close()
 
 
 def test_shutdown_ends_running_requests(tmp_path: Path, control: Control) -> None:
