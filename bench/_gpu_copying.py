@@ -1,13 +1,12 @@
 """Parts of a GPU run that move bytes: rates, calls, kept pages, read-only images, page sizes."""
 
-import contextlib
 import ctypes
 import mmap
 import os
 import time
-from collections.abc import Callable
 from typing import Any, Final
 
+import numpy as np
 import torch
 
 from bench._gpu_models import MemoryModel, checksums_of, fill, plan
@@ -19,6 +18,7 @@ from services.gpu_agent.transfer import PIECE_BYTES
 
 OF_RAW_AT_LEAST: Final = 0.95
 OUT_MS_AT_MOST: Final = 15.0
+SLOW_S: Final = 0.1
 SHARES: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
 TEST_BYTES: Final = 256 * MIB  # of what is registered in different ways
 
@@ -42,7 +42,8 @@ def _rates_of(stage: Stage, part: Part, model: MemoryModel) -> None:
     model.swap_in()  # the first one also runs the canary
     model.swap_out()
     took: dict[str, list[float]] = {
-        step: [] for step in ("swap-in", "map", "copy", "check", "swap-out", "raw", "raw, in pieces")
+        step: []
+        for step in ("swap-in", "map", "copy", "check", "swap-out", "raw", "raw, in pieces")
     }
     links: list[Any] = []
     ins, outs = Calls(), Calls()
@@ -51,7 +52,7 @@ def _rates_of(stage: Stage, part: Part, model: MemoryModel) -> None:
         stage.keep(model, 0.0)
         with stage.calls() as calls:
             trace = model.swap_in()
-        _add(ins, calls)
+        ins.add(calls)
         took["swap-in"].append(trace.total_s)
         took["map"].append(trace.map_s)
         took["copy"].append(trace.copy_s)
@@ -62,7 +63,7 @@ def _rates_of(stage: Stage, part: Part, model: MemoryModel) -> None:
         stage.synchronize()
         with stage.calls() as calls:
             took["swap-out"].append(model.swap_out().total_s)
-        _add(outs, calls)
+        outs.add(calls)
     samples = {step: part.taken(f"{name}: {step}", taken) for step, taken in took.items()}
     raw = num_bytes / min(took["raw"]) / 1e9
     part.value(f"{name}: raw copy, best", raw, "GB/s")
@@ -103,12 +104,6 @@ def _torch_segments(stage: Stage) -> int:
     return int(torch.cuda.memory_stats()["segment.all.allocated"]) if stage.is_on_gpu else 0
 
 
-def _add(total: Calls, more: Calls) -> None:
-    total.num.update(more.num)
-    total.seconds.update(more.seconds)
-    total.copied.update(more.copied)
-
-
 def _shown(calls: Calls) -> dict[str, Any]:
     return {
         name: {"calls": n, "seconds": calls.seconds[name], "bytes": calls.copied[name]}
@@ -143,12 +138,16 @@ def partial(stage: Stage, part: Part, *names: str) -> None:
 def call_off(stage: Stage, part: Part, *names: str) -> None:
     """Swap-ins that are called off on their way: how soon they end, and what of them is kept."""
     model = stage.pair(part, *names)[0]
-    trace = model.swap_in()
+    model.swap_in()
     expected = stage.logits(model, stage.sizes.prompts[0])
+    if stage.pool.kind == "cpu":  # there a tiny model is copied before anybody can call it off
+        stage.pool.link_bytes_per_s = model.layout.num_bytes / SLOW_S
+    stage.keep(model, 0.0)
+    copy_s = model.swap_in().copy_s
     for share in (0.1, 0.5, 0.9):
         stage.keep(model, 0.0)
         model.begin_swap_in()
-        time.sleep(share * trace.copy_s)
+        time.sleep(share * copy_s)
         began = time.perf_counter()
         called_off = model.call_off_swap_in()
         name = f"called off at {share:.0%}"
@@ -163,17 +162,18 @@ def call_off(stage: Stage, part: Part, *names: str) -> None:
         part.holds(f"{name}: nothing kept is copied", again.kept_bytes >= kept - page_bytes)
         same = torch.equal(stage.logits(model, stage.sizes.prompts[0]), expected)
         part.holds(f"{name}: same logits", same)
+    stage.pool.link_bytes_per_s = 0.0
 
 
 # -- read-only images --------------------------------------------------------------------------
 
 
-def read_only(stage: Stage, part: Part) -> None:
+def read_only(stage: Stage, part: Part, *names: str) -> None:
     """A sealed image in a memory file, mapped read-only and pinned, against an anonymous one."""
+    stage.pair(part, *names)
     part.details["registering"] = _ways_to_register(stage.pool)
     shape = stage.shapes["llama-slim"]
     planned = plan(shape)
-    stage.only_host()
 
     def fill_it(image: HostImage) -> None:
         fill(image, shape.seed, stage.pool.torch_device)
@@ -209,8 +209,7 @@ def read_only(stage: Stage, part: Part) -> None:
 
 
 def _ways_to_register(pool: PagePool) -> dict[str, Any]:
-    """Which mappings of a memory file the driver registers: seconds, or its refusal."""
-    libc = ctypes.CDLL(None, use_errno=True)
+    """Which mappings of a memory file the driver registers: seconds and rate, or its refusal."""
     both, read = mmap.PROT_READ | mmap.PROT_WRITE, mmap.PROT_READ
     ways: dict[str, tuple[int, bool, bool]] = {
         "writable": (both, False, False),
@@ -219,32 +218,33 @@ def _ways_to_register(pool: PagePool) -> dict[str, Any]:
         "read-only": (read, False, False),
         "read-only, flag READ_ONLY": (read, True, False),
     }
-    found: dict[str, Any] = {}
+    num_bytes = min(TEST_BYTES, pool.budget_bytes // 4 // pool.page_bytes * pool.page_bytes)
     file = os.memfd_create("registering")
     try:
-        os.ftruncate(file, TEST_BYTES)
-        for name, (prot, flag, protect) in ways.items():
-            with contextlib.closing(mmap.mmap(file, TEST_BYTES, mmap.MAP_SHARED, prot)) as memory:
-                found[name] = _register(pool, memory, flag, protect, libc)
+        os.ftruncate(file, num_bytes)
+        os.pwrite(file, bytes(num_bytes), 0)
+        return {
+            name: _register(pool, mmap.mmap(file, num_bytes, mmap.MAP_SHARED, prot), flag, protect)
+            for name, (prot, flag, protect) in ways.items()
+        }
     finally:
         os.close(file)
-    return found
 
 
-def _register(pool: PagePool, memory: mmap.mmap, flag: bool, protect: bool, libc: Any) -> Any:
-    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr() if not flag else 0
-    address = address or _address_of(memory)
+def _register(pool: PagePool, memory: mmap.mmap, flag: bool, protect: bool) -> Any:
+    address, size = np.frombuffer(memory, dtype=np.uint8).ctypes.data, len(memory)
     began = time.perf_counter()
     try:
-        pool.pin_host(address, len(memory), read_only=flag)
+        pool.pin_host(address, size, read_only=flag)
     except DeviceError as error:
         return str(error)
     took = time.perf_counter() - began
-    if protect:
-        libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(len(memory)), _PROT_READ)
-    rate = _rate_from(pool, address, len(memory))
-    pool.unpin_host(address)
-    return {"seconds": took, "GB/s": rate}
+    try:
+        if protect:
+            ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size), _PROT_READ)
+        return {"seconds": took, "GB/s": _rate_from(pool, address, size)}
+    finally:
+        pool.unpin_host(address)
 
 
 def _rate_from(pool: PagePool, address: int, num_bytes: int) -> float:
@@ -253,24 +253,18 @@ def _rate_from(pool: PagePool, address: int, num_bytes: int) -> float:
     region = pool.reserve(num_bytes)
     pages = pool.free.take(pool.pages_for(num_bytes))
     region.map(pages)
+    taken: list[float] = []
     try:
-        taken = [_timed(lambda: _copy(pool, lambda: region.copy_in(0, source))) for _ in range(3)]
+        for _ in range(3):
+            began = time.perf_counter()
+            region.copy_in(0, source)
+            pool.stamp().wait()
+            taken.append(time.perf_counter() - began)
     finally:
         region.unmap()
         pool.free.give(pages)
         region.release()
     return num_bytes / min(taken) / 1e9
-
-
-def _copy(pool: PagePool, queue: Callable[[], None]) -> None:
-    queue()
-    pool.stamp().wait()
-
-
-def _timed(call: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
 
 
 # -- page sizes --------------------------------------------------------------------------------
@@ -294,7 +288,7 @@ def pages(stage: Stage, part: Part, name: str) -> None:
                 took["swap-in"].append(trace.total_s)
                 stage.synchronize()
                 took["unmap"].append(model.swap_out().total_s)
-            _add(total, calls)
+            total.add(calls)
         samples = {step: part.taken(f"{size}: {step}", taken) for step, taken in took.items()}
         rate = model.layout.num_bytes / samples["swap-in"].median / 1e9
         part.value(f"{size}: swap-in", rate, "GB/s")

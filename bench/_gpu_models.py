@@ -168,9 +168,7 @@ class MemoryModel(HostedModel):
         files = LoadPlan(spec, Checkpoint(Path("nowhere"), {}, {}), layout, DTYPE, ())
         guards = _guard_ends(planned.examined.guards, layout)
         geometry = planned.examined.geometry
-        model = cls(
-            spec, pool, facts, geometry, module, config, files, region, guards, verify
-        )
+        model = cls(spec, pool, facts, geometry, module, config, files, region, guards, verify)
         model.region, model.image = region, image
         model._image, model.state = image, "host"
         return model
@@ -189,7 +187,9 @@ class MemoryModel(HostedModel):
 # -- host images ---------------------------------------------------------------------------
 
 
-def make_image(shape: Shape, layout: Layout, pool: PagePool, page_bytes: int, part: Part) -> HostImage:
+def make_image(
+    shape: Shape, layout: Layout, pool: PagePool, page_bytes: int, part: Part
+) -> HostImage:
     """A pinned image with random weights; how long each step took goes to ``part``."""
     image = HostImage(layout)
     began = time.perf_counter()
@@ -219,7 +219,9 @@ def fill(image: HostImage, seed: int, device: torch.device) -> None:
         if len(weight.shape) == 1:
             view.fill_(0.0 if weight.name.endswith("bias") else 1.0)
         else:
-            drawn = torch.randn(weight.shape, generator=generator, device=device, dtype=weight.dtype)
+            drawn = torch.randn(
+                weight.shape, generator=generator, device=device, dtype=weight.dtype
+            )
             view.copy_(drawn.mul_(SPREAD))
 
 

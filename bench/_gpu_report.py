@@ -1,6 +1,5 @@
 """What a GPU run found: one JSON file, complete after every part, and a table at the end."""
 
-import os
 import traceback
 from pathlib import Path
 from typing import Any, Literal
@@ -92,7 +91,7 @@ class Report(msgspec.Struct):
         self.verdict = verdict(self.targets)
         beside = folder / f"{FILE}.new"
         beside.write_bytes(msgspec.json.format(msgspec.json.encode(self)) + b"\n")
-        os.replace(beside, folder / FILE)
+        beside.replace(folder / FILE)
 
     def show(self) -> None:
         """Print all figures; the last line is the harness's."""

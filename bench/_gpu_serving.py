@@ -20,7 +20,6 @@ from services.gpu_agent.ipc import Arriving, Broke, Done, FromWorker, OpFailed, 
 
 FIRST_TOKEN_AT_MOST: Final = 1.10
 DECODE_AT_LEAST: Final = 0.98
-DECODE_ROUNDS: Final = 3
 
 
 class _NoText:
@@ -185,7 +184,7 @@ def decoding(stage: Stage, part: Part, *names: str) -> None:
     before: list[float] = []
     after: list[float] = []
     same = 0
-    for _ in range(DECODE_ROUNDS):
+    for _ in range(stage.sizes.decode_rounds):
         before.append(client.decode(model, num_prompt, num_tokens))
         known = list(client.tokens.values())
         client.swap_out(model.spec.name)
@@ -205,4 +204,7 @@ def decoding(stage: Stage, part: Part, *names: str) -> None:
         at_least=DECODE_AT_LEAST,
     )
     part.value(f"{model.spec.name}: different tokens in an answer", len(set(known[0])))
-    part.holds(f"{model.spec.name}: greedy tokens equal before and after", same == DECODE_ROUNDS)
+    part.holds(
+        f"{model.spec.name}: greedy tokens equal before and after",
+        same == stage.sizes.decode_rounds,
+    )

@@ -1,14 +1,14 @@
 """What the parts of a GPU run work on: host images that stay, one pool, one pair of models.
 
-    images   llama | mistral | falcon     made at first use, pinned by a pool that outlives the rest
-    pool     1.3 x the larger of a pair   so one of a pair fits, and a switch is a switch
+images   llama | mistral | falcon     made at first use, pinned by a pool that outlives the rest
+pool     1.3 x the larger of a pair   so one of a pair fits, and a switch is a switch
 """
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
@@ -37,6 +37,7 @@ class Sizes:
     prompts: tuple[int, ...] = (128, 2048)
     rounds: int = 5
     decode_tokens: int = 64
+    decode_rounds: int = 3
     num_graph_swaps: int = 100
     num_random_swaps: int = 30
 
@@ -44,9 +45,10 @@ class Sizes:
 DRY: Final = Sizes(
     page_bytes=2 * MIB,
     sweep=(2 * MIB, 4 * MIB),
-    prompts=(16, 96),
+    prompts=(16, 48),
     rounds=2,
-    decode_tokens=4,
+    decode_tokens=3,
+    decode_rounds=1,
     num_graph_swaps=6,
     num_random_swaps=4,
 )
@@ -60,8 +62,14 @@ class Calls:
     """The driver's calls inside one `Counting.window`."""
 
     num: Counter[str] = field(default_factory=Counter)
-    seconds: Counter[str] = field(default_factory=Counter)  # type: ignore[type-arg]
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     copied: Counter[str] = field(default_factory=Counter)  # bytes
+
+    def add(self, more: "Calls") -> None:
+        self.num.update(more.num)
+        self.copied.update(more.copied)
+        for name, seconds in more.seconds.items():
+            self.seconds[name] += seconds
 
     def matching(self, *words: str) -> int:
         """Calls whose name holds one of ``words``."""
@@ -184,6 +192,12 @@ class Stage:
             self._pool.close()
         self._pool = self._counting = None
 
+    def reset(self) -> None:
+        """After an error: let go of models and pool, whatever state they are in."""
+        with suppress(Exception):
+            self._drop()
+        self._models, self._pool, self._counting = {}, None, None
+
     def close(self) -> None:
         self._drop()
         for image in self._images.values():
@@ -232,7 +246,7 @@ class Stage:
         ids = prompt(model, num_tokens, seed)
         device = self._keeper.torch_device
         with torch.inference_mode():
-            given = model.module(
+            given: torch.Tensor = model.module(
                 input_ids=torch.tensor([ids], device=device), use_cache=False, logits_to_keep=1
             ).logits
         return given.contiguous().view(torch.uint8).cpu()

@@ -25,14 +25,12 @@ import faulthandler
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import msgspec
 
-from bench import _gpu_copying, _gpu_exact, _gpu_serving, _machine
-from bench._gpu_environment import describe_gpu
+from bench import _gpu_copying, _gpu_environment, _gpu_exact, _gpu_serving, _machine
 from bench._gpu_report import Part, Report
 from bench._gpu_stage import DRY, OpenPool, Sizes, Stage
 from services.gpu_agent.device import open_pool, why_no_cuda
@@ -65,3 +63,105 @@ PARTS: Final[dict[str, Work]] = {
     "decode-falcon": _with(_gpu_serving.decoding, _FAR[::-1]),
     "pages": _with(_gpu_copying.pages, _NEAR[:1]),
 }
+
+
+class Run:
+    """One run of some parts. ``clock`` is there for tests."""
+
+    def __init__(
+        self,
+        folder: Path,
+        open_pool: OpenPool,
+        sizes: Sizes,
+        *,
+        is_dry: bool,
+        environment: dict[str, Any],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._folder = folder
+        self._clock = clock
+        self._began = clock()
+        self._open_pool = open_pool
+        self._sizes = sizes
+        self._stage: Stage | None = None
+        self.report = Report(is_dry, environment)
+
+    def run(self, parts: dict[str, Work], budget_s: float) -> Report:
+        """All of ``parts``; those that would begin after ``budget_s`` are named as skipped."""
+        for name, work in parts.items():
+            part = Part(name, self.report.is_dry)
+            self.report.parts.append(part)
+            elapsed = self._clock() - self._began
+            if elapsed > budget_s:
+                part.outcome = "skipped"
+                part.why = f"{elapsed:.0f} s of {budget_s:.0f} s were used before it"
+            else:
+                self._write()
+                print(f"{elapsed:6.1f} s  {name}", flush=True)
+                self._try(work, part)
+            self._write()
+        if self._stage is not None:
+            self._stage.close()
+        return self.report
+
+    def _try(self, work: Work, part: Part) -> None:
+        began = self._clock()
+        try:
+            if self._stage is None:
+                self._stage = Stage(self._open_pool, self._sizes, tiny=self.report.is_dry)
+            work(self._stage, part)
+            part.outcome = "done"
+        except Exception as error:  # the next part may do better
+            part.fail(error)
+            print(part.why, flush=True)
+            if self._stage is not None:
+                self._stage.reset()
+        part.took_s = self._clock() - began
+
+    def _write(self) -> None:
+        self.report.took_s = self._clock() - self._began
+        self.report.write(self._folder)
+
+
+def main(argv: list[str]) -> int:
+    """Run it. Returns the exit status: 0 where all targets are met, 1, or 2 without a GPU."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_swap", description=__doc__)
+    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="gpu_swap.json is written there")
+    parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU")
+    parser.add_argument("--only", metavar="PART,...", help=f"some of: {', '.join(PARTS)}")
+    parser.add_argument("--budget-s", type=float, default=BUDGET_S)
+    args = parser.parse_args(argv)
+    names = args.only.split(",") if args.only else list(PARTS)
+    if unknown := [name for name in names if name not in PARTS]:
+        parser.error(f"no part named {', '.join(unknown)}; there are: {', '.join(PARTS)}")
+    obstacle = "" if args.dry_run else why_no_cuda(0)
+    if obstacle:
+        print(f"this needs a GPU, but {obstacle}; --dry-run runs on the CPU", flush=True)
+        return 2
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.dry_run:
+        faulthandler.dump_traceback_later(args.budget_s + GRACE_S, exit=True)
+    run = Run(
+        args.out,
+        open_cpu if args.dry_run else open_gpu,
+        DRY if args.dry_run else Sizes(),
+        is_dry=args.dry_run,
+        environment=_gpu_environment.describe(0, on_gpu=not args.dry_run)
+        | {"machine": msgspec.to_builtins(_machine.environment())},
+    )
+    report = run.run({name: PARTS[name] for name in names}, args.budget_s)
+    faulthandler.cancel_dump_traceback_later()
+    report.show()
+    return 0 if report.is_met else 1
+
+
+def open_cpu(num_pages: int, page_bytes: int) -> PagePool:
+    return open_pool("cpu", num_pages * page_bytes, page_bytes)
+
+
+def open_gpu(num_pages: int, page_bytes: int) -> PagePool:
+    return open_pool("cuda", num_pages * page_bytes, page_bytes)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -132,9 +132,14 @@ class TelemetrySettings(_Section, frozen=True):
 
 
 class ModelSettings(_Section, frozen=True):
-    """One deployment. Its name is the table's: ``[models."qwen2.5-7b"]``."""
+    """One deployment. Its name is the table's: ``[models."qwen2.5-7b"]``.
 
-    source: str  # local folder, or a hub id
+    An object store needs ``pip install 'hotswap[object-store]'``. Credentials and server come from
+    the environment of the agents: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN (or
+    AWS_PROFILE), AWS_REGION, and AWS_ENDPOINT_URL where it is not Amazon's.
+    """
+
+    source: str  # local folder, hub id, or s3://bucket/prefix (see above)
     dtype: DType = "auto"
     max_model_len: int | None = None
     max_batch: int = 8
@@ -144,7 +149,9 @@ class ModelSettings(_Section, frozen=True):
 
     def __post_init__(self) -> None:
         if not self.source:
-            raise ValueError("source = '' must name a local folder or a hub id")
+            raise ValueError("source = '' must name a local folder, a hub id or s3://bucket/prefix")
+        if "://" in self.source and not self.source.startswith("s3://"):
+            raise ValueError(f"source = {self.source!r}: of object stores only s3:// is read")
         _positive(self, "max_model_len", "max_batch", "kv_tokens")
 
 
@@ -215,7 +222,9 @@ def dump(settings: Settings) -> str:
 
 
 def _resolve(source: str, folder: Path) -> str:
-    """A path (it exists, or starts with / . ~) made absolute; a hub id as it is."""
+    """A path (it exists, or starts with / . ~) made absolute; a hub id or a URI as it is."""
+    if "://" in source:
+        return source
     local = folder / Path(source).expanduser()
     looks_local = source.startswith((".", "/", "~")) or local.exists()
     return os.path.normpath(local) if looks_local else source

@@ -1,59 +1,27 @@
 """A model's files: where they are, what they hold, and whether they can be trusted to load.
 
-Only safetensors: a header of JSON, then raw tensors; nothing in it is executed.
-
-    [8 bytes: header length n, little endian][n bytes: JSON][data ...............]
-                                             ^ data offsets count from here
-
-Reads headers only. Everything wrong ends in ``BadCheckpoint``, with the file and the cause.
+Only safetensors, and of those only the headers (see headers.py). A model in an object store is a
+folder here, too, one without its weights (see object_store.py). Everything wrong ends in
+``BadCheckpoint``, with the file and the cause.
 """
 
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
-
-import torch
+from typing import Final
 
 from schemas.state import ModelSpec
+from services.gpu_agent import object_store
+from services.gpu_agent.headers import BadCheckpoint, StoredTensor, read_header
+from services.gpu_agent.object_store import Remote
+
+__all__ = ["BadCheckpoint", "Checkpoint", "FileStamp", "StoredTensor", "find", "is_remote", "read"]
 
 _INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
-_MAX_HEADER_BYTES: Final = 100 * 2**20  # the format's own limit
-_DTYPES: Final[dict[str, torch.dtype]] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 # What a model needs beside its weights; weights come second, by name (see _download).
 _SMALL_FILES: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-
-
-class BadCheckpoint(Exception):
-    """A model's files can not be used. The message names file, cause and remedy."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor in a file. ``start``: absolute byte offset; ``num_bytes`` as stored."""
-
-    name: str
-    file: Path
-    start: int
-    num_bytes: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -66,14 +34,23 @@ class FileStamp:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The files of one model and all their tensors, by name, in file order."""
+    """The files of one model and all their tensors, by name, in file order.
+
+    ``remote``: the object store that holds the weights, where ``files`` are only their headers.
+    """
 
     folder: Path
     tensors: dict[str, StoredTensor]
     files: dict[Path, FileStamp]
+    remote: Remote | None = None
 
     def check_unchanged(self) -> None:
-        """BadCheckpoint when a file is gone or was changed since its header was read."""
+        """BadCheckpoint when a file is gone or was changed since its header was read.
+
+        Of a model in an object store it asks the store.
+        """
+        if self.remote is not None:
+            self.remote.check_unchanged()
         for file, stamp in self.files.items():
             if _stamp(file) != stamp:
                 raise BadCheckpoint(
@@ -85,8 +62,10 @@ class Checkpoint:
 def find(spec: ModelSpec) -> Path:
     """The folder with ``spec``'s files; a hub id is downloaded (or found in the hub's cache).
 
-    Raises BadCheckpoint.
+    Of ``s3://bucket/prefix`` everything but the weights is fetched. Raises BadCheckpoint.
     """
+    if is_remote(spec.source):
+        return object_store.fetch(spec.source, _small_files(spec))
     folder = Path(spec.source).expanduser()
     if folder.is_dir():
         return folder.resolve()
@@ -97,20 +76,38 @@ def find(spec: ModelSpec) -> Path:
     return _download(spec)
 
 
+def is_remote(source: str) -> bool:
+    """Whether a model's source is a URI, and so neither a folder nor a hub id."""
+    return "://" in source
+
+
 def read(folder: Path) -> Checkpoint:
     """Find the safetensors files of ``folder`` and read their headers. Raises BadCheckpoint."""
+    remote = object_store.recall(folder)
+    if remote is None:
+        return _read(folder, None)
+    try:
+        return _read(folder, remote)
+    except BadCheckpoint as error:  # in terms of what the user knows, not of our cache
+        raise BadCheckpoint(str(error).replace(str(folder), remote.uri)) from error
+
+
+def _read(folder: Path, remote: Remote | None) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
     files: dict[Path, FileStamp] = {}
     wanted = _shards(folder)
     for file in wanted:
-        for tensor in read_header(file):
+        stamp = files[file] = _stamp(file)
+        origin, size = str(file), stamp.num_bytes
+        if remote is not None:
+            origin, size = remote.uri_of(file.name), remote.objects[file.name].num_bytes
+        for tensor in read_header(file, origin, size):
             if tensor.name in tensors:
                 raise BadCheckpoint(
                     f"tensor {tensor.name!r} is in {tensors[tensor.name].file.name} and in "
                     f"{file.name} of {folder}"
                 )
             tensors[tensor.name] = tensor
-        files[file] = _stamp(file)
     for file, names in wanted.items():
         missing = [n for n in names if n not in tensors or tensors[n].file != file]
         if missing:
@@ -118,60 +115,7 @@ def read(folder: Path) -> Checkpoint:
                 f"{folder / _INDEX} says that {file.name} holds {missing[0]!r} (and "
                 f"{len(missing) - 1} more), but it does not"
             )
-    return Checkpoint(folder, tensors, files)
-
-
-def read_header(file: Path) -> list[StoredTensor]:
-    """The tensors of one safetensors file, by offset. Raises BadCheckpoint."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
-                raise BadCheckpoint(
-                    f"{file} is no safetensors file, or cut short: it has {size} bytes and claims "
-                    f"a header of {length}"
-                )
-            header = json.loads(stream.read(length))
-    except OSError as error:
-        raise BadCheckpoint(f"{file} can not be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise BadCheckpoint(f"{file} has a corrupt safetensors header: {error}") from error
-    if not isinstance(header, dict):
-        raise BadCheckpoint(f"{file} has a corrupt safetensors header: it is not an object")
-    header.pop("__metadata__", None)
-    tensors = [_entry(file, name, entry, 8 + length) for name, entry in header.items()]
-    tensors.sort(key=lambda tensor: (tensor.start, tensor.num_bytes))
-    end = 8 + length
-    for tensor in tensors:
-        if tensor.start != end:
-            raise BadCheckpoint(f"{file}: tensor {tensor.name!r} overlaps another or leaves a gap")
-        end += tensor.num_bytes
-    if end != size:
-        problem = "cut short" if size < end else "longer than its header says"
-        raise BadCheckpoint(f"{file} is {problem}: {size} bytes, expected {end}")
-    return tensors
-
-
-def _entry(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
-    try:
-        shape = tuple(int(n) for n in entry["shape"])
-        begin, end = (int(n) for n in entry["data_offsets"])
-        code = str(entry["dtype"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadCheckpoint(f"{file}: the header entry of {name!r} is corrupt: {entry}") from error
-    if code not in _DTYPES:
-        raise BadCheckpoint(
-            f"{file}: tensor {name!r} has dtype {code}, which is not supported; "
-            f"supported: {', '.join(_DTYPES)}"
-        )
-    dtype = _DTYPES[code]
-    if begin < 0 or min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-        raise BadCheckpoint(
-            f"{file}: tensor {name!r} of shape {shape} and dtype {code} can not take bytes "
-            f"{begin} to {end}"
-        )
-    return StoredTensor(name, file, data_start + begin, end - begin, shape, dtype)
+    return Checkpoint(folder, tensors, files, remote)
 
 
 def _shards(folder: Path) -> dict[Path, list[str]]:
@@ -224,6 +168,11 @@ def _stamp(file: Path) -> FileStamp:
     return FileStamp(status.st_size, status.st_mtime_ns)
 
 
+def _small_files(spec: ModelSpec) -> list[str]:
+    """Patterns for what is fetched beside the weights."""
+    return [*_SMALL_FILES, *(("*.py",) if spec.trust_remote_code else ())]
+
+
 def _download(spec: ModelSpec) -> Path:
     """Fetch a hub repository: first what is small, then exactly the weights that are needed.
 
@@ -232,9 +181,8 @@ def _download(spec: ModelSpec) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    code = ("*.py",) if spec.trust_remote_code else ()
     try:
-        small = [*_SMALL_FILES, *code]
+        small = _small_files(spec)
         folder = Path(huggingface_hub.snapshot_download(spec.source, allow_patterns=small))
         index = folder / _INDEX
         if index.is_file():

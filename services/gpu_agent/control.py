@@ -5,7 +5,7 @@ operation at a time. Here everything comes together, and what is stale is turned
 
     commands ---> fenced by epoch and generation ---> `Operations` ---> worker
     requests ---> `Pull`, by free slots -----------> `Serving` ------> worker
-    worker  ----> `Operations` or `Serving` -------> `Reporter`, chunks
+    worker  ----> `Outcomes` or `Serving` -------> `Reporter`, chunks
 """
 
 import logging
@@ -21,6 +21,7 @@ from schemas.state import AgentStatus
 from services.bus import Bus, Message
 from services.gpu_agent import ipc
 from services.gpu_agent.operations import Operations
+from services.gpu_agent.outcomes import Outcomes
 from services.gpu_agent.pulling import Pull
 from services.gpu_agent.replicas import Replica
 from services.gpu_agent.reporter import Reporter
@@ -67,14 +68,15 @@ class AgentControl:
             gpu, lock_fd, images, self._greeting, self._on_worker, self._on_worker_death
         )
         self.serving = Serving(bus, self.gpu, self.reporter, self.worker.send, self._freed)
-        self.operations = Operations(
+        self.operations = Operations(self.gpu, self.reporter, self.worker.send, self._changed)
+        self.outcomes = Outcomes(
             self.gpu,
             self.reporter,
-            self.worker.send,
-            self._changed,
-            self._open_replica,
+            self.operations,
             self.serving,
             self.replicas,
+            self._changed,
+            self._open_replica,
         )
 
     def start_worker(self) -> None:
@@ -121,11 +123,11 @@ class AgentControl:
             device=ready.device if ready else self._settings.device,
             device_name=ready.device_name if ready else "",
             budget_bytes=ready.budget_bytes if ready else 0,
-            used_bytes=self.operations.memory.device_bytes,
+            used_bytes=self.outcomes.memory.device_bytes,
             page_bytes=ready.page_bytes if ready else 0,
             replicas=tuple(replica.status() for replica in self.replicas.values()),
             host_budget_bytes=ready.host_budget_bytes if ready else 0,
-            host_used_bytes=self.operations.memory.host_bytes,
+            host_used_bytes=self.outcomes.memory.host_bytes,
         )
         await self.reporter.status(status)
 
@@ -195,7 +197,7 @@ class AgentControl:
 
     async def _on_worker_death(self, reason: str) -> None:
         self.ready = None
-        self.operations.forget_memory()
+        self.outcomes.forget_memory()
         for replica in self.replicas.values():
             replica.stop_pulling()
             if replica.state != "failed":
@@ -221,7 +223,7 @@ class AgentControl:
                 if self._is_open:
                     await self._announce(message)
             case _:
-                await self.operations.on_answer(message, self.replicas[message.model])
+                await self.outcomes.on_answer(message, self.replicas[message.model])
 
 
 def _may_change(replica: Replica, command: Register) -> bool:

@@ -1,28 +1,22 @@
-"""Disk to host image.
+"""Disk or object store to host image.
 
-Tensors that lie in the files under the module's own names are read straight to their place in
-the image, by several readers at once, converted only where the dtype differs. A read takes a
-stretch of the file, of whatever tensors lie there; each goes where the image wants it:
-
-    file   |header|...[q_proj......][v_proj...][norm]......|     one read
-    image  |embed....|layer.0: [q_proj......][norm][v_proj...] ...
+Tensors that are stored under the module's own names are read straight to their place in the image
+(see reading.py), converted only where the dtype differs: files by several readers at once, objects
+by ranged requests (see object_stream.py).
 
 Older or differently packed checkpoints (other names, experts stored one by one) are converted
-by transformers in a process of its own (see convert.py).
+by transformers in a process of its own (see convert.py), from files only.
 
 ``load`` may run in a thread beside a running engine: it touches no global torch state, and it
-reads, copies and checksums without holding the interpreter lock. Files are never touched through
-a mapping: one that is cut short meanwhile is an error, not a SIGBUS.
+reads, copies and checksums without holding the interpreter lock.
 """
 
-import math
-import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,11 +26,12 @@ from torch import nn
 from schemas.state import ModelSpec
 from services.gpu_agent import convert
 from services.gpu_agent.checkpoint import BadCheckpoint, Checkpoint, StoredTensor
-from services.gpu_agent.checksums import Checksums, checksum
+from services.gpu_agent.checksums import Checksums
 from services.gpu_agent.host_image import HostImage, Layout, Slot
+from services.gpu_agent.object_stream import Range, stream
+from services.gpu_agent.reading import Filling, OpenFile, Part, cut, stretches
 
-_CHUNK_BYTES: Final = 4 * 2**20  # of the file in one read: the disk's rate, and early progress
-_MAX_PARTS: Final = 1024  # in one read: IOV_MAX
+_BATCH_BYTES: Final = 256 * 2**20  # of objects that are asked for at once
 _NUM_READERS: Final = 4
 _PROGRESS_S: Final = 0.1
 
@@ -69,7 +64,8 @@ def plan_load(
 ) -> LoadPlan:
     """Match the model's weights with the files' tensors. Reads nothing.
 
-    Raises BadCheckpoint for weights that are missing or of another shape.
+    Raises BadCheckpoint for weights that are missing or of another shape, and for those in an
+    object store that would have to be converted.
     """
     reads: list[Read] = []
     missing: list[str] = []
@@ -79,7 +75,7 @@ def plan_load(
         wrong = [tensor for tensor in stored if tensor.shape != slot.weight.shape]
         if wrong:
             raise BadCheckpoint(
-                f"{wrong[0].file}: tensor {wrong[0].name!r} has shape {wrong[0].shape}, but "
+                f"{wrong[0].origin}: tensor {wrong[0].name!r} has shape {wrong[0].shape}, but "
                 f"config.json makes it {slot.weight.shape}: the two do not belong together"
             )
         if stored:
@@ -88,10 +84,16 @@ def plan_load(
             missing.append(slot.weight.name)
     if not missing:
         return LoadPlan(spec, checkpoint, layout, dtype, tuple(reads))
+    place = checkpoint.remote.uri if checkpoint.remote else checkpoint.folder
     if not _can_be_renamed(module, checkpoint):
         raise BadCheckpoint(
-            f"{checkpoint.folder} lacks {len(missing)} of {len(layout.slots)} tensors, the first "
+            f"{place} lacks {len(missing)} of {len(layout.slots)} tensors, the first "
             f"is {missing[0]!r}: the download is incomplete, or config.json is another model's"
+        )
+    if checkpoint.remote:
+        raise BadCheckpoint(
+            f"{place} names or packs its tensors in another way than the installed transformers: "
+            "load it there, store it with `save_pretrained`, and deploy that"
         )
     return LoadPlan(spec, checkpoint, layout, dtype, ())
 
@@ -137,74 +139,37 @@ def load(
 def _read_all(
     plan: LoadPlan, image: HostImage, page_bytes: int, on_progress: Callable[[int], None]
 ) -> Checksums:
-    filling = _Filling(image, page_bytes)
-    firsts = [part for read in plan.reads for part in _cut(read.slot, read.stored, False)]
-    copies = [p for read in plan.reads for other in read.also for p in _cut(read.slot, other, True)]
-    with ExitStack() as stack:
-        files = {path: _File(path, stack) for path in plan.checkpoint.files}
-        readers = stack.enter_context(ThreadPoolExecutor(_NUM_READERS, "load"))
-        for parts in (firsts, copies):  # a copy is compared with what is there already
-            todo = deque(_stretches(parts))
-            jobs = [readers.submit(_read_some, files, todo, filling) for _ in range(_NUM_READERS)]
-            try:
-                unfinished = set(jobs)
-                while unfinished:
-                    finished, unfinished = wait(unfinished, _PROGRESS_S, FIRST_EXCEPTION)
-                    for job in finished:
-                        job.result()
-                    on_progress(filling.done)
-            finally:
-                todo.clear()  # after an error the others stop
+    filling = Filling(image, page_bytes)
+    firsts = [part for read in plan.reads for part in cut(read.slot, read.stored, False)]
+    copies = [p for read in plan.reads for other in read.also for p in cut(read.slot, other, True)]
+    for parts in (firsts, copies):  # a copy is compared with what is there already
+        if plan.checkpoint.remote is not None:
+            stream(_batches(parts, filling), lambda: on_progress(filling.done))
+            on_progress(filling.done)
+        else:
+            _read_files(plan.checkpoint, parts, filling, on_progress)
     return filling.checksums()
 
 
-@dataclass(frozen=True)
-class _Part:
-    """``count`` elements of ``slot``'s weight, from ``first`` on, as they are ``stored``.
-
-    ``is_copy``: they must equal what the image holds already (tied).
-    """
-
-    slot: Slot
-    stored: StoredTensor
-    is_copy: bool
-    first: int
-    count: int
-
-    @property
-    def start(self) -> int:
-        """In its file, in bytes."""
-        return self.stored.start + self.first * self.stored.dtype.itemsize
-
-    @property
-    def end(self) -> int:
-        return self.start + self.count * self.stored.dtype.itemsize
+def _read_files(
+    checkpoint: Checkpoint, parts: list[Part], filling: Filling, on_progress: Callable[[int], None]
+) -> None:
+    with ExitStack() as stack:
+        files = {path: OpenFile(path, stack) for path in checkpoint.files}
+        readers = stack.enter_context(ThreadPoolExecutor(_NUM_READERS, "load"))
+        todo = deque(stretches(parts))
+        unfinished = {readers.submit(_read_some, files, todo, filling) for _ in range(_NUM_READERS)}
+        try:
+            while unfinished:
+                finished, unfinished = wait(unfinished, _PROGRESS_S, FIRST_EXCEPTION)
+                for job in finished:
+                    job.result()
+                on_progress(filling.done)
+        finally:
+            todo.clear()  # after an error the others stop
 
 
-def _cut(slot: Slot, stored: StoredTensor, is_copy: bool) -> Iterator[_Part]:
-    size = math.prod(stored.shape)
-    step = _CHUNK_BYTES // stored.dtype.itemsize
-    for first in range(0, size, step):
-        yield _Part(slot, stored, is_copy, first, min(step, size - first))
-
-
-def _stretches(parts: list[_Part]) -> Iterator[list[_Part]]:
-    """Parts that follow one another in a file, as many as one read takes; in file order."""
-    stretch: list[_Part] = []
-    for part in sorted(parts, key=lambda part: (part.stored.file, part.start)):
-        if stretch and not (
-            (part.stored.file, part.start) == (stretch[-1].stored.file, stretch[-1].end)
-            and part.end - stretch[0].start <= _CHUNK_BYTES
-            and len(stretch) < _MAX_PARTS
-        ):
-            yield stretch
-            stretch = []
-        stretch.append(part)
-    if stretch:
-        yield stretch
-
-
-def _read_some(files: dict[Path, "_File"], todo: deque[list[_Part]], filling: "_Filling") -> None:
+def _read_some(files: dict[Path, OpenFile], todo: deque[list[Part]], filling: Filling) -> None:
     """Read stretches until there are no more. Several threads do this."""
     with suppress(IndexError):
         while True:
@@ -215,108 +180,17 @@ def _read_some(files: dict[Path, "_File"], todo: deque[list[_Part]], filling: "_
                 filling.arrived(part, target)
 
 
-class _Filling:
-    """What of an image has arrived. A page's checksum is taken when its last byte is there."""
-
-    def __init__(self, image: HostImage, page_bytes: int) -> None:
-        self.done = 0  # bytes of weights
-        self._image = image
-        self._page_bytes = page_bytes
-        self._lock = threading.Lock()
-        num_pages = -(-image.layout.num_bytes // page_bytes)
-        self._missing = [0] * num_pages  # bytes; gaps between weights are zeros, as fresh memory is
-        self._values: list[int | None] = [None] * num_pages
-        for slot in image.layout:
-            for page, count in self._shares(slot.offset, slot.weight.num_bytes):
-                self._missing[page] += count
-
-    def target(self, part: _Part) -> torch.Tensor:
-        """Where to read ``part``, uint8: its place, or a scratch tensor if that is not enough."""
-        if part.is_copy or part.stored.dtype != part.slot.weight.dtype:
-            return torch.empty(part.end - part.start, dtype=torch.uint8)
-        return self._place(part)
-
-    def arrived(self, part: _Part, target: torch.Tensor) -> None:
-        """``part`` was read to its `target`. BadCheckpoint for a copy that differs."""
-        weight, place = part.slot.weight, self._place(part)
-        if part.is_copy:
-            copy = target.view(part.stored.dtype).to(weight.dtype).view(torch.uint8)
-            if not torch.equal(copy, place):
-                raise BadCheckpoint(
-                    f"{part.stored.file}: config.json ties {part.stored.name!r} to "
-                    f"{weight.name!r}, but the files hold two different tensors: set "
-                    '"tie_word_embeddings": false in config.json'
-                )
-            return
-        if target.data_ptr() != place.data_ptr():
-            place.view(weight.dtype).copy_(target.view(part.stored.dtype))
-        complete = []
-        with self._lock:
-            self.done += place.numel()
-            for page, count in self._shares(self._offset(part), place.numel()):
-                self._missing[page] -= count
-                if self._missing[page] == 0:
-                    complete.append(page)
-        for page in complete:
-            self._values[page] = self._checksum(page)
-
-    def checksums(self) -> Checksums:
-        """Of all pages, once everything has arrived."""
-        values = (
-            self._checksum(page) if value is None else value  # None: a page that is all gap
-            for page, value in enumerate(self._values)
-        )
-        return Checksums(self._page_bytes, self._image.layout.num_bytes, tuple(values))
-
-    def _checksum(self, page: int) -> int:
-        start = page * self._page_bytes
-        return checksum(self._image.tensor[start : start + self._page_bytes])
-
-    def _place(self, part: _Part) -> torch.Tensor:
-        start = self._offset(part)
-        return self._image.tensor[start : start + part.count * part.slot.weight.dtype.itemsize]
-
-    def _offset(self, part: _Part) -> int:
-        return part.slot.offset + part.first * part.slot.weight.dtype.itemsize
-
-    def _shares(self, start: int, num_bytes: int) -> Iterator[tuple[int, int]]:
-        """(page, how many of the bytes lie on it)."""
-        end = start + num_bytes
-        while start < end:
-            page = start // self._page_bytes
-            stop = min((page + 1) * self._page_bytes, end)
-            yield page, stop - start
-            start = stop
-
-
-class _File:
-    """One open file; closed with ``stack``. `read` may be called by several threads."""
-
-    def __init__(self, path: Path, stack: ExitStack) -> None:
-        self._path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise BadCheckpoint(f"{path} can not be read: {error.strerror}") from error
-        stack.callback(os.close, self._descriptor)
-
-    def read(self, position: int, targets: list[torch.Tensor]) -> None:
-        """Fill ``targets`` (uint8, 1-D), one after another, from byte ``position`` on.
-
-        BadCheckpoint where the file ends too early or can not be read.
-        """
-        left = [target.numpy().data for target in targets]
-        while left:
-            try:
-                got = os.preadv(self._descriptor, left, position)
-            except OSError as error:
-                raise BadCheckpoint(
-                    f"{self._path} can not be read at byte {position}: {error.strerror}"
-                ) from error
-            if got == 0:
-                raise BadCheckpoint(f"{self._path} was cut short while it was read")
-            position += got
-            while left and got >= len(left[0]):
-                got -= len(left.pop(0))
-            if left:
-                left[0] = left[0][got:]
+def _batches(parts: list[Part], filling: Filling) -> Iterator[list[Range]]:
+    """``parts`` as ranges of objects, so many at once that every connection is busy."""
+    batch: list[Range] = []
+    num_bytes = 0
+    for part in sorted(parts, key=lambda part: (part.stored.origin, part.start)):
+        target = filling.target(part)
+        arrived = partial(filling.arrived, part, target)
+        batch.append(Range(part.stored.origin, part.start, target, arrived))
+        num_bytes += target.numel()
+        if num_bytes >= _BATCH_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch

@@ -17,32 +17,24 @@ is for servers that want the bucket in the path, RUNAI_STREAMER_S3_UNSIGNED=1 fo
 """
 
 import hashlib
+import importlib
 import os
 import re
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-import torch
+
+from services.gpu_agent.headers import MAX_HEADER_BYTES, BadCheckpoint
 
 _VERSION: Final = 1  # of what a cache folder holds
 _RECORD: Final = ".objects"
 _HEADER_BYTES: Final = 2**20  # in the first read: enough for the headers of most files
-_MAX_HEADER_BYTES: Final = 100 * 2**20  # the format's own limit
-_MAX_IN_FLIGHT: Final = 2  # submissions: one arrives while the next is on its way already
-_PROGRESS_S: Final = 0.1
-_STALLED_S: Final = 120.0
-
-
-class ObjectStoreError(Exception):
-    """Objects can not be used. The message names URI, cause and remedy."""
 
 
 class Object(msgspec.Struct, frozen=True):
@@ -62,11 +54,11 @@ class Remote(msgspec.Struct, frozen=True):
         return f"{self.uri}/{name}"
 
     def check_unchanged(self) -> None:
-        """Ask the store. ObjectStoreError when an object is gone or was changed."""
-        found = _Store(self.uri).list()
+        """Ask the store. BadCheckpoint when an object is gone or was changed."""
+        found = Store(self.uri).versions()
         for name, known in self.objects.items():
             if found.get(name) != known:
-                raise ObjectStoreError(
+                raise BadCheckpoint(
                     f"{self.uri_of(name)} was changed after the model was registered: restart the "
                     "agent to read it anew"
                 )
@@ -76,15 +68,15 @@ def fetch(uri: str, patterns: Sequence[str]) -> Path:
     """The cache folder for what lies below ``uri`` now; fetched unless it is there already.
 
     It holds the objects whose names match ``patterns``, and the headers of all safetensors.
-    Safe for several processes at once. Raises ObjectStoreError.
+    Safe for several processes at once. Raises BadCheckpoint.
     """
-    store = _Store(uri)
-    found = store.list()
+    store = Store(uri)
+    found = store.versions()
     small = [name for name in found if any(fnmatch(name, pattern) for pattern in patterns)]
     weights = [name for name in found if name.endswith(".safetensors")]
     remote = Remote(store.uri, {name: found[name] for name in sorted({*small, *weights})})
     if not remote.objects:
-        raise ObjectStoreError(f"{store.uri} holds no model: check bucket and prefix")
+        raise BadCheckpoint(f"{store.uri} holds no model: check bucket and prefix")
     record = msgspec.json.encode(remote)
     identity = f"{_VERSION} {store.endpoint} ".encode() + record
     try:
@@ -92,16 +84,21 @@ def fetch(uri: str, patterns: Sequence[str]) -> Path:
         folder = cache / hashlib.sha256(identity).hexdigest()[:32]
         if folder.is_dir():
             return folder
-        with tempfile.TemporaryDirectory(prefix="fetching-", dir=cache) as place:
+        place = Path(tempfile.mkdtemp(prefix="fetching-", dir=cache))
+        try:
             for name in small:
-                (Path(place) / name).write_bytes(store.get(name, found[name]))
+                (place / name).write_bytes(store.get(name, found[name]))
             for name in weights:
-                (Path(place) / name).write_bytes(store.get_header(name, found[name]))
-            (Path(place) / _RECORD).write_bytes(record)
-            with suppress(FileExistsError):  # another process was first, with the same bytes
-                _move(Path(place), folder)
+                (place / name).write_bytes(store.get_header(name, found[name]))
+            (place / _RECORD).write_bytes(record)
+            place.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, with the same bytes
+                raise
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
     except OSError as error:
-        raise ObjectStoreError(f"{store.uri} can not be kept in the cache: {error}") from error
+        raise BadCheckpoint(f"{store.uri} can not be kept in the cache: {error}") from error
     return folder
 
 
@@ -113,49 +110,107 @@ def recall(folder: Path) -> Remote | None:
         return None
 
 
-@dataclass(frozen=True)
-class Range:
-    """Bytes of ``uri``, from ``start`` on, and where they go: ``target`` is uint8, 1-D.
+class Store:
+    """The objects directly below one URI, by name. All methods raise BadCheckpoint."""
 
-    ``arrived`` is called once they are there.
-    """
+    def __init__(self, uri: str) -> None:
+        match = re.fullmatch(r"s3://([^/]+)(?:/(.*?))?/*", uri)
+        if match is None:
+            raise BadCheckpoint(
+                f"source {uri!r}: of object stores only S3 is read, as s3://bucket/prefix"
+            )
+        self._bucket, prefix = match[1], match[2] or ""
+        self._prefix = f"{prefix}/" if prefix else ""
+        self.uri = f"s3://{self._bucket}/{prefix}".rstrip("/")
+        with explained(self.uri):
+            self._client = _client()
 
-    uri: str
-    start: int
-    target: torch.Tensor
-    arrived: Callable[[], None]
+    @property
+    def endpoint(self) -> str:
+        return str(self._client.meta.endpoint_url)
+
+    def versions(self) -> dict[str, Object]:
+        """All versions as they are now."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._bucket, Prefix=self._prefix, Delimiter="/"
+        )
+        with explained(self.uri):
+            return {
+                entry["Key"].removeprefix(self._prefix): Object(entry["Size"], entry["ETag"])
+                for page in pages
+                for entry in page.get("Contents", ())
+            }
+
+    def get(self, name: str, version: Object, end: int | None = None) -> bytes:
+        """The object's bytes, up to ``end``. It is an error if it is not ``version`` any more."""
+        stop = version.num_bytes if end is None else min(end, version.num_bytes)
+        if stop == 0:
+            return b""  # a range can not be empty
+        with explained(f"{self.uri}/{name}"):
+            answer = self._client.get_object(
+                Bucket=self._bucket,
+                Key=self._prefix + name,
+                IfMatch=version.etag,
+                Range=f"bytes=0-{stop - 1}",
+            )
+            data: bytes = answer["Body"].read()
+        if len(data) != stop:
+            raise BadCheckpoint(f"{self.uri}/{name} is cut short: {len(data)} of {stop} bytes")
+        return data
+
+    def get_header(self, name: str, version: Object) -> bytes:
+        """What a safetensors file begins with: as much as `headers.read_header` reads."""
+        start = self.get(name, version, _HEADER_BYTES)
+        end = 8 + int.from_bytes(start[:8], "little")
+        if end > MAX_HEADER_BYTES or end > version.num_bytes:
+            return start[:8]  # damaged; the reader of the header says how
+        return start[:end] if end <= len(start) else self.get(name, version, end)
 
 
-def stream(batches: Iterable[Sequence[Range]], on_progress: Callable[[], None]) -> None:
-    """Read all ranges. A batch's targets are needed, and so may be made, only when it is its turn.
-
-    ``on_progress`` is called several times a second, and like ``arrived`` in this thread. Raises
-    ObjectStoreError, and what the callbacks raise; no target is written to after that.
-    """
-    native = _native()
-    streamer = native.runai_start()
-    in_flight: dict[int, list[Range]] = {}
-    left: dict[int, int] = {}
-    told_at = moved_at = time.monotonic()
-    waiting = iter(batches)
-    has_more = True
+@contextmanager
+def explained(uri: str) -> Iterator[None]:
+    """What boto3 raises becomes BadCheckpoint about ``uri``."""
+    errors = needed("botocore.exceptions")
     try:
-        _authorise(native, streamer)
-        while has_more or in_flight:
-            if has_more and len(in_flight) < _MAX_IN_FLIGHT:
-                batch = next(waiting, None)
-                has_more = batch is not None
-                if batch:
-                    ranges = sorted(batch, key=lambda r: (r.uri, r.start))
-                    number = _submit(native, streamer, ranges)
-                    in_flight[number], left[number] = ranges, len(ranges)
-                continue
-            with suppress(TimeoutError):
-                arrived = _next_arrival(native, streamer, in_flight)
-                moved_at = time.monotonic()
-                ...
-            if time.monotonic() - told_at >= _PROGRESS_S:
-                told_at = time.monotonic()
-                on_progress()
-    finally:
-        native.runai_end(streamer)  # waits for reads under way: they know only addresses
+        yield
+    except (errors.BotoCoreError, errors.ClientError, ValueError) as error:
+        raise BadCheckpoint(
+            f"{uri} can not be read: {error}. Check the name, and AWS_ENDPOINT_URL, AWS_REGION "
+            "and the credentials of this process"
+        ) from error
+
+
+def _client() -> Any:
+    settings: dict[str, Any] = {
+        "connect_timeout": 10,
+        "read_timeout": 60,
+        "retries": {"total_max_attempts": 3},
+    }
+    if os.environ.get("RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING") == "0":
+        settings["s3"] = {"addressing_style": "path"}
+    if os.environ.get("RUNAI_STREAMER_S3_UNSIGNED") == "1":
+        settings["signature_version"] = needed("botocore").UNSIGNED
+    return session().client("s3", config=needed("botocore.config").Config(**settings))
+
+
+def session() -> Any:
+    """A boto3 session; AWS_REGION, which the streamer knows, is made known to it, too."""
+    return needed("boto3").Session(region_name=os.environ.get("AWS_REGION"))
+
+
+def needed(module: str) -> Any:
+    """Import an optional dependency's ``module``. Raises BadCheckpoint."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise BadCheckpoint(
+            f"a model in an object store needs the package {error.name}: "
+            "pip install 'hotswap[object-store]'"
+        ) from error
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    folder = Path(base) / "hotswap" / "objects"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder.resolve()

@@ -10,7 +10,7 @@ SIGBUS.
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,7 @@ class Part:
 
 
 def cut(slot: Slot, stored: StoredTensor, is_copy: bool) -> Iterator[Part]:
+    """``stored`` in parts that one read can take."""
     size = math.prod(stored.shape)
     step = CHUNK_BYTES // stored.dtype.itemsize
     for first in range(0, size, step):
@@ -100,7 +101,7 @@ class Filling:
             copy = target.view(part.stored.dtype).to(weight.dtype).view(torch.uint8)
             if not torch.equal(copy, place):
                 raise BadCheckpoint(
-                    f"{part.stored.file}: config.json ties {part.stored.name!r} to "
+                    f"{part.stored.origin}: config.json ties {part.stored.name!r} to "
                     f"{weight.name!r}, but the files hold two different tensors: set "
                     '"tie_word_embeddings": false in config.json'
                 )

@@ -10,8 +10,8 @@
     hand_back     nak, for one replica whose weights failed
     finish        nak: whoever gets it next ends it
 
-Every chunk is published with a reply subject of ours: where nobody listens any more (the
-api died, or gave up), the server answers "no responders" and the request is cancelled.
+Where nobody listens to the chunks any more (the api died, or gave up), the server says so, and
+the request is cancelled.
 
 A request that ended here and is delivered again (its acknowledgement was lost with a
 connection) is not run again: its last chunk is sent once more, in case that was lost too.
@@ -23,12 +23,10 @@ import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from schemas.events import FirstTokenSent, RequestEnded, RequestStarted
-from schemas.requests import GenerateRequest
-from schemas.stream import Chunk, ErrorCode, Failed, Finished, RequestTiming, Started, Tokens
+from schemas.events import RequestEnded, RequestStarted
+from schemas.stream import Chunk, ErrorCode, Failed, Finished, RequestTiming, Tokens
 from services import telemetry
 from services.bus import Bus, BusError, Delivery
 from services.bus.connection import RawMessage
@@ -36,29 +34,13 @@ from services.gpu_agent import ipc
 from services.gpu_agent.replicas import Replica
 from services.gpu_agent.reporter import Reporter
 from services.gpu_agent.suspects import MAX_CRASHES, Suspects
+from services.gpu_agent.telling import InFlight, Telling
 
 log = logging.getLogger(__name__)
 
 _REMEMBERED = 4096
 
 Outcome: TypeAlias = Literal["stop", "length", "cancelled", "failed"]
-
-
-@dataclass(eq=False)
-class InFlight:
-    delivery: Delivery
-    replica: Replica
-    attempt: int
-    pulled_at: float
-    is_submitted: bool = False  # the worker has it; until then it waits in line
-    is_announced: bool = False  # the api was told: only then is the swap's trace known
-    begun_at: float = 0.0
-    prompt_tokens: int = 0
-    num_tokens: int = 0
-
-    @property
-    def request(self) -> GenerateRequest:
-        return self.delivery.request
 
 
 class Serving:
@@ -80,6 +62,7 @@ class Serving:
         self._send = send
         self._freed = freed
         self._gone_inbox = f"{bus.inbox}.gone"
+        self._telling = Telling(bus, gpu, reporter, self._gone_inbox)
         self._suspects = Suspects()
         self._line: deque[InFlight] = deque()  # admitted, not submitted yet
         self._ended: OrderedDict[str, Chunk] = OrderedDict()  # lately ended, newest last
@@ -97,7 +80,7 @@ class Serving:
             known.delivery = delivery  # delivered again after a reconnect: go on, answer this one
             return
         if last := self._ended.get(request.request_id):
-            await self._publish(request, last)
+            await self._telling.publish(request, last)
             await self._settle(delivery.ack())
             return
         now = time.time()
@@ -129,32 +112,21 @@ class Serving:
         self._send(ipc.Submit(request))
         now = time.time()
         if flight.replica.state == "resident":
-            await self._announce(flight)
+            await self._telling.announce(flight)
         wait_s = now - request.created_at
         await self._reporter.event(
             RequestStarted(
                 self._gpu, request.model, request.request_id, now, flight.attempt, wait_s
             )
         )
-        self._span(flight, telemetry.SPAN_QUEUE_WAIT, request.created_at, now)
+        self._telling.span(flight, telemetry.SPAN_QUEUE_WAIT, request.created_at, now)
 
     async def announce(self, replica: Replica) -> None:
         """``replica`` has arrived: tell whoever waited for it."""
         for request_id in sorted(replica.in_flight):
             flight = self.in_flight.get(request_id)
             if flight and flight.is_submitted:
-                await self._announce(flight)
-
-    async def _announce(self, flight: InFlight) -> None:
-        if flight.is_announced:
-            return
-        flight.is_announced = True
-        request, replica = flight.request, flight.replica
-        start = replica.start_kind(request.created_at)
-        swap = None if start == "warm" else replica.last_swap_in
-        await self._publish(
-            request, Started(request.request_id, self._gpu, flight.attempt, start, swap)
-        )
+                await self._telling.announce(flight)
 
     async def cancel(self, request_id: str) -> None:
         flight = self.in_flight.get(request_id)
@@ -188,7 +160,7 @@ class Serving:
     async def on_produced(self, message: ipc.Produced) -> None:
         if flight := self.in_flight.get(message.request_id):
             flight.num_tokens = message.index + len(message.token_ids)
-            await self._note_first_token(flight)
+            await self._telling.first_token(flight)
             chunk = Tokens(
                 message.request_id,
                 flight.attempt,
@@ -196,27 +168,7 @@ class Serving:
                 message.token_ids,
                 message.text,
             )
-            await self._publish(flight.request, chunk)
-
-    async def _note_first_token(self, flight: InFlight) -> None:
-        replica, swap = flight.replica, flight.replica.last_swap_in
-        if not replica.awaits_first_token or swap is None:
-            return
-        replica.awaits_first_token = False
-        now = time.time()
-        began = swap.started_at
-        await self._reporter.event(
-            FirstTokenSent(
-                gpu=self._gpu,
-                model=replica.spec.name,
-                generation=replica.generation,
-                at=now,
-                request_id=flight.request.request_id,
-                prompt_tokens=flight.prompt_tokens,
-                first_token_s=now - began,
-                swap_s=swap.total_s,
-            )
-        )
+            await self._telling.publish(flight.request, chunk)
 
     async def on_done(self, message: ipc.Done) -> None:
         flight = self.in_flight.get(message.request_id)
@@ -238,11 +190,13 @@ class Serving:
         )
         prefilled_at = flight.begun_at + message.prefill_s
         if flight.begun_at:
-            self._span(flight, telemetry.SPAN_PREFILL, flight.begun_at, prefilled_at)
-            self._span(flight, telemetry.SPAN_DECODE, prefilled_at, prefilled_at + message.decode_s)
+            self._telling.span(flight, telemetry.SPAN_PREFILL, flight.begun_at, prefilled_at)
+            self._telling.span(
+                flight, telemetry.SPAN_DECODE, prefilled_at, prefilled_at + message.decode_s
+            )
         flight.num_tokens = message.completion_tokens
         flight.prompt_tokens = message.prompt_tokens
-        await self._announce(flight)  # one that was cancelled while its weights arrived
+        await self._telling.announce(flight)  # one that was cancelled while its weights arrived
         await self._end(flight, chunk, message.finish_reason, timing)
 
     async def on_broke(self, message: ipc.Broke) -> None:
@@ -306,7 +260,7 @@ class Serving:
         self._ended[flight.request.request_id] = chunk
         while len(self._ended) > _REMEMBERED:
             self._ended.popitem(last=False)
-        await self._publish(flight.request, chunk)
+        await self._telling.publish(flight.request, chunk)
         await self._settle(flight.delivery.ack())
         await self._reporter.event(
             RequestEnded(
@@ -333,29 +287,11 @@ class Serving:
             self._idle.set()
         flight.replica.in_flight.discard(request_id)
 
-    # A full or closed bus loses what is said; state moves on all the same. The queue delivers
-    # again what was not acknowledged, and the api runs again what came to it with gaps.
-
-    async def _publish(self, request: GenerateRequest, chunk: Chunk) -> None:
-        reply = f"{self._gone_inbox}.{request.request_id}"
-        try:
-            await self._bus.publish(request.reply_to, chunk, reply=reply)
-        except BusError as error:
-            log.warning("lost a chunk of request %s: %s", request.request_id, error)
+    # A full or closed bus loses what is said; state moves on all the same: the queue delivers
+    # again what was not acknowledged.
 
     async def _settle(self, answer: Awaitable[None]) -> None:
         try:
             await answer
         except BusError as error:
             log.warning("an answer to the queue was lost: %s", error)
-
-    def _span(self, flight: InFlight, name: str, start: float, end: float) -> None:
-        self._reporter.span(
-            name,
-            flight.delivery.context,
-            start,
-            end,
-            flight.request.model,
-            request_id=flight.request.request_id,
-            attempt=flight.attempt,
-        )

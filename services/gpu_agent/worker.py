@@ -28,15 +28,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one prompt at a time
 import argparse
 import ctypes
 import logging
-import queue
 import select
 import signal
 import socket
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Literal, NoReturn, TypeAlias
+from typing import Final, Literal, NoReturn
 
 import psutil
 import torch
@@ -46,6 +44,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from schemas.state import ModelSpec
 from services.gpu_agent import ceiling, device, ipc
+from services.gpu_agent.background import Afterwards, Background, Outbox
 from services.gpu_agent.device_cpu import available_bytes
 from services.gpu_agent.engine.library import EngineOptions, OnProgress
 from services.gpu_agent.engine.native import NativeEngine
@@ -57,47 +56,6 @@ logger = logging.getLogger(__name__)
 PROGRESS_EVERY_S: Final = 0.1
 MAX_CPU_BUDGET_BYTES: Final = 8 * 2**30
 HOST_SHARE: Final = 0.7  # of what is free at start, for host images
-
-Outbox: TypeAlias = list[ipc.FromWorker]
-# What a background job leaves to be done in the loop's thread.
-Afterwards: TypeAlias = Callable[[], Outbox]
-
-
-class Background:
-    """One thread for slow jobs, and a pipe that wakes the loop when something came of them."""
-
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], Afterwards]] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[Afterwards] = queue.SimpleQueue()
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_read, False)
-        # A daemon: a load that is under way must not hold up the end of the process.
-        threading.Thread(target=self._run, name="background", daemon=True).start()
-
-    def fileno(self) -> int:
-        """Readable when `collect` has something."""
-        return self._wake_read
-
-    def submit(self, job: Callable[[], Afterwards]) -> None:
-        """Run ``job`` in the thread, and what it returns in `collect`. It must not raise."""
-        self._jobs.put(job)
-
-    def post(self, afterwards: Afterwards) -> None:
-        """From inside a job: have ``afterwards`` run in `collect` soon."""
-        self._results.put(afterwards)
-        os.write(self._wake_write, b"\0")
-
-    def collect(self) -> Outbox:
-        """Run everything that was posted; for the loop's thread."""
-        os.read(self._wake_read, 1 << 16)
-        out: Outbox = []
-        while not self._results.empty():
-            out += self._results.get()()
-        return out
-
-    def _run(self) -> None:
-        while True:
-            self.post(self._jobs.get()())
 
 
 class Worker:

@@ -127,7 +127,7 @@ async def test_a_failed_swap_in_changes_nothing(agent: Agent) -> None:
     assert (failed.command, failed.model) == ("swap_in", "big")
     assert "OutOfPages" in failed.reason
     assert agent.control.replicas["big"].state == "host"
-    assert agent.control.operations.memory.device_bytes == 0
+    assert agent.control.outcomes.memory.device_bytes == 0
     await agent.bring_in("m")
     chunks = await agent.ask("r1", "1")
     await chunks.until(Finished)

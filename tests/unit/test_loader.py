@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from schemas.state import ModelSpec
-from services.gpu_agent import loader
+from services.gpu_agent import reading
 from services.gpu_agent.device_cpu import CpuPool
 from services.gpu_agent.hosted import BadCheckpoint, HostedModel
 from tests.unit import tiny_models
@@ -59,7 +59,7 @@ def change(folder: Path, **tensors: torch.Tensor | None) -> None:
 def test_small_pieces_shards_and_progress(
     tmp_path: Path, pool: CpuPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 1000)
     folder = tiny_models.write(tmp_path / "s", "llama", max_shard_size="100KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     model = inspected(folder, pool)
@@ -82,7 +82,7 @@ def test_small_pieces_shards_and_progress(
 def test_another_dtype_is_converted(
     folder: Path, pool: CpuPool, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 1000)
     model = inspected(folder, pool, dtype=dtype)
     assert model.facts.dtype == dtype
     model.load(no_progress)

@@ -24,7 +24,7 @@ IDS = tiny_models.prompt(12)
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[CpuPool]:
     monkeypatch.setitem(transfer.PIECE_BYTES, "cpu", 300_000)  # pages in several pieces
-    pool = CpuPool(16)
+    pool = CpuPool(20)
     yield pool
     pool.close()
 
@@ -181,7 +181,7 @@ def test_corruption_is_told_even_when_called_off(tmp_path: Path, pool: CpuPool) 
     assert over.wait(PATIENCE_S)
     with pytest.raises(Corruption, match=r"page 0 .* on the device"):
         model.call_off_swap_in()
-    assert (model.state, pool.free.num_free, model.cached_bytes) == ("cold", 16, 0)
+    assert (model.state, pool.free.num_free, model.cached_bytes) == ("cold", 20, 0)
     model.load(lambda *_: None)
     model.swap_in()
     assert torch.equal(tiny_models.logits(model.module, IDS), expected_of(model))

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from schemas.requests import TextPrompt
 from schemas.state import ModelSpec
 from services.gpu_agent import ipc, worker
+from services.gpu_agent.background import Afterwards, Background
 from tests.unit import swap_kit, tiny_models
 from tests.unit.engine_kit import Answers, expected_greedy, request, save_tokenizer
 
@@ -263,10 +264,10 @@ def test_default_budget_is_a_part_of_the_machine() -> None:
 
 
 def test_background_jobs_come_back_in_order() -> None:
-    def job(number: int) -> Callable[[], worker.Afterwards]:
+    def job(number: int) -> Callable[[], Afterwards]:
         return lambda: lambda: [ipc.LoadProgress("m", number, 3)]
 
-    background = worker.Background()
+    background = Background()
     for n in range(3):
         background.submit(job(n))
     seen: list[ipc.FromWorker] = []

@@ -95,10 +95,14 @@ class Library:
     # -- registering -----------------------------------------------------------------------
 
     def needs_files(self, spec: ModelSpec) -> bool:
-        """Whether `find_files` may take long, because ``spec`` is to come from the hub."""
+        """Whether `find_files` may take long, because ``spec`` is to come from elsewhere.
+
+        A cold model from an object store is looked for each time: it may have changed there.
+        """
         known = self._models.get(spec.name)
-        is_known = known is not None and known.spec == spec
-        return not is_known and not Path(spec.source).expanduser().exists()
+        if known is not None and known.spec == spec:
+            return checkpoint.is_remote(spec.source) and not self._is_in_use(known)
+        return not Path(spec.source).expanduser().exists()
 
     def find_files(self, spec: ModelSpec) -> Path | OpFailed:
         """``spec``'s folder, downloaded if need be. May run in any thread."""
@@ -113,9 +117,9 @@ class Library:
         The same spec again answers the same facts. Another spec replaces a cold model.
         """
         known = self._models.get(spec.name)
-        if known is not None and known.spec == spec and self._is_unchanged(known):
+        if known is not None and known.spec == spec and self._is_unchanged(known, folder):
             return Registered(spec.name, known.facts)
-        if known is not None and (known.state != "cold" or spec.name in self._loading):
+        if known is not None and self._is_in_use(known):
             return OpFailed(
                 spec.name,
                 "register",
@@ -135,9 +139,19 @@ class Library:
             self._texts.pop(spec.name, None)
         return Registered(spec.name, hosted.facts)
 
-    def _is_unchanged(self, known: HostedModel) -> bool:
-        """A cold model whose files were replaced (a download finished, say) is read anew."""
-        return known.state != "cold" or known.spec.name in self._loading or known.is_current
+    def _is_unchanged(self, known: HostedModel, folder: Path | None) -> bool:
+        """A cold model whose files were replaced (a download finished, say) is read anew.
+
+        A ``folder`` that was just found tells it without asking an object store again.
+        """
+        if self._is_in_use(known):
+            return True
+        if checkpoint.is_remote(known.spec.source):
+            return folder == known.folder
+        return known.is_current
+
+    def _is_in_use(self, known: HostedModel) -> bool:
+        return known.state != "cold" or known.spec.name in self._loading
 
     # -- loading ---------------------------------------------------------------------------
 

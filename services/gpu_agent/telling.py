@@ -1,0 +1,102 @@
+"""What the api, and everybody, is told about requests in flight: chunks, first tokens, spans.
+
+Every chunk is published with a reply subject of ours: where nobody listens any more (the api
+died, or gave up), the server answers "no responders" there.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+
+from schemas.events import FirstTokenSent
+from schemas.requests import GenerateRequest
+from schemas.stream import Chunk, Started
+from services.bus import Bus, BusError, Delivery
+from services.gpu_agent.replicas import Replica
+from services.gpu_agent.reporter import Reporter
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class InFlight:
+    """One request that this agent has pulled. ``begun_at``, ``pulled_at``: unix seconds."""
+
+    delivery: Delivery
+    replica: Replica
+    attempt: int
+    pulled_at: float
+    is_submitted: bool = False  # the worker has it; until then it waits in line
+    is_announced: bool = False  # the api was told: only then is the swap's trace known
+    begun_at: float = 0.0
+    prompt_tokens: int = 0
+    num_tokens: int = 0
+
+    @property
+    def request(self) -> GenerateRequest:
+        return self.delivery.request
+
+
+class Telling:
+    """The agent's voice in requests. ``gone_inbox``: below it the server says who is gone."""
+
+    def __init__(self, bus: Bus, gpu: str, reporter: Reporter, gone_inbox: str) -> None:
+        self._bus = bus
+        self._gpu = gpu
+        self._reporter = reporter
+        self._gone_inbox = gone_inbox
+
+    async def publish(self, request: GenerateRequest, chunk: Chunk) -> None:
+        """To the request's own subject. A full or closed bus loses it; state moves on all the
+        same: the api runs again what came to it with gaps.
+        """
+        reply = f"{self._gone_inbox}.{request.request_id}"
+        try:
+            await self._bus.publish(request.reply_to, chunk, reply=reply)
+        except BusError as error:
+            log.warning("lost a chunk of request %s: %s", request.request_id, error)
+
+    async def announce(self, flight: InFlight) -> None:
+        """Tell the api that ``flight`` has begun, once; with the swap-in that it waited for."""
+        if flight.is_announced:
+            return
+        flight.is_announced = True
+        request, replica = flight.request, flight.replica
+        start = replica.start_kind(request.created_at)
+        swap = None if start == "warm" else replica.last_swap_in
+        await self.publish(
+            request, Started(request.request_id, self._gpu, flight.attempt, start, swap)
+        )
+
+    async def first_token(self, flight: InFlight) -> None:
+        """A token of ``flight`` leaves: tell, where it is the first one since the swap-in."""
+        replica, swap = flight.replica, flight.replica.last_swap_in
+        if not replica.awaits_first_token or swap is None:
+            return
+        replica.awaits_first_token = False
+        now = time.time()
+        began = swap.started_at
+        await self._reporter.event(
+            FirstTokenSent(
+                gpu=self._gpu,
+                model=replica.spec.name,
+                generation=replica.generation,
+                at=now,
+                request_id=flight.request.request_id,
+                prompt_tokens=flight.prompt_tokens,
+                first_token_s=now - began,
+                swap_s=swap.total_s,
+            )
+        )
+
+    def span(self, flight: InFlight, name: str, start: float, end: float) -> None:
+        """Record a span from measured times, unix seconds."""
+        self._reporter.span(
+            name,
+            flight.delivery.context,
+            start,
+            end,
+            flight.request.model,
+            request_id=flight.request.request_id,
+            attempt=flight.attempt,
+        )
