@@ -29,7 +29,6 @@ from services.gpu_agent.pages import PagePool, Region
 from services.gpu_agent.probe import Examined
 from services.gpu_agent.transfer import Verify
 
-DTYPE: Final = torch.bfloat16
 SPREAD: Final = 0.02  # standard deviation of every matrix, as these models are initialised
 NUM_ROWS: Final = 8  # requests decoded together
 
@@ -80,7 +79,7 @@ _FALCON: Final[dict[str, Any]] = {
     "alibi": False,
     "tie_word_embeddings": False,
 }
-_TINY: Final = {"vocab_size": 4096, "hidden_size": 384, "num_hidden_layers": 6}
+_TINY: Final = {"vocab_size": 2048, "hidden_size": 384, "num_hidden_layers": 4}
 _TINY_HEADS: Final = {"num_attention_heads": 6, "num_key_value_heads": 2}
 
 
@@ -92,6 +91,7 @@ class Shape:
     config: Any
     kv_tokens: int
     seed: int
+    dtype: torch.dtype
 
     @property
     def vocab_size(self) -> int:
@@ -110,11 +110,12 @@ def shapes(*, tiny: bool) -> dict[str, Shape]:
         "llama": LlamaConfig(**llama),
         "mistral": MistralConfig(**{**_MISTRAL, **smaller}),
         "falcon": FalconConfig(**{**_FALCON, **falcon}),
-        "llama-slim": LlamaConfig(**{**llama, "num_hidden_layers": 4}),
+        "llama-slim": LlamaConfig(**{**llama, "num_hidden_layers": 2 if tiny else 4}),
     }
     kv_tokens = 512 if tiny else 2304
+    dtype = torch.float32 if tiny else torch.bfloat16  # many CPUs are slow at bfloat16
     return {
-        name: Shape(name, config, kv_tokens, seed)
+        name: Shape(name, config, kv_tokens, seed, dtype)
         for seed, (name, config) in enumerate(configs.items())
     }
 
@@ -137,10 +138,8 @@ class Planned:
 
 def plan(shape: Shape) -> Planned:
     """All that can be known without a device."""
-    spec = ModelSpec(
-        shape.name, "nowhere", dtype="bfloat16", max_batch=NUM_ROWS, kv_tokens=shape.kv_tokens
-    )
-    module = skeleton.build(shape.config, spec, DTYPE)
+    spec = ModelSpec(shape.name, "nowhere", max_batch=NUM_ROWS, kv_tokens=shape.kv_tokens)
+    module = skeleton.build(shape.config, spec, shape.dtype)
     examined = probe.examine(module, shape.config, spec)
     return Planned(shape, spec, module, examined, plan_layout(examined.weights))
 
@@ -160,12 +159,12 @@ class MemoryModel(HostedModel):
     ) -> "MemoryModel":
         """Bind ``planned``'s module, which can be done once, to a region of ``pool``."""
         spec, module, layout = planned.spec, planned.module, planned.layout
-        config = planned.shape.config
-        facts = find_facts(spec, config, module, planned.examined, layout, DTYPE, pool)
+        config, dtype = planned.shape.config, planned.shape.dtype
+        facts = find_facts(spec, config, module, planned.examined, layout, dtype, pool)
         region = pool.reserve(layout.num_bytes)
         skeleton.make_buffers_real(module, pool.torch_device, spec)
         skeleton.bind(module, layout, region.tensor)
-        files = LoadPlan(spec, Checkpoint(Path("nowhere"), {}, {}), layout, DTYPE, ())
+        files = LoadPlan(spec, Checkpoint(Path("nowhere"), {}, {}), layout, dtype, ())
         guards = _guard_ends(planned.examined.guards, layout)
         geometry = planned.examined.geometry
         model = cls(spec, pool, facts, geometry, module, config, files, region, guards, verify)

@@ -202,9 +202,9 @@ def needed(module: str) -> Any:
     """Import an optional dependency's ``module``. Raises BadCheckpoint."""
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a native library lacks another
         raise BadCheckpoint(
-            f"a model in an object store needs the package {error.name}: "
+            f"a model in an object store needs more packages ({error}): "
             "pip install 'hotswap[object-store]'"
         ) from error
 

@@ -50,18 +50,22 @@ class SwapIn:
         num_bytes = image.layout.num_bytes
         self._num_pages = pool.pages_for(num_bytes)
         self._claim = pool.free.claim(image.key, self._num_pages, num_kv_pages)
+        self._hooks = ExitStack()
         try:
             region.map(self._claim.weights)
+            self._map_s = time.perf_counter() - self._began
+            pieces = cut(image.layout, self._claim.is_kept, pool.page_bytes, PIECE_BYTES[pool.kind])
+            self.arrival = Arrival(pieces, num_bytes, interrupted)
+            self._hooks.enter_context(guarded(module, guards, self.arrival.wait_for))
+            self._transfer = Transfer(pool, region, image, self.arrival, verify, on_over)
+            self._transfer.start()
         except BaseException:
-            self._give_back_untouched()
+            self._hooks.close()
+            if region.is_mapped:
+                region.unmap()
+            nothing = self._claim.is_kept & False
+            pool.free.unclaim(self._claim, image.key, nothing, nothing)
             raise
-        self._map_s = time.perf_counter() - self._began
-        pieces = cut(image.layout, self._claim.is_kept, pool.page_bytes, PIECE_BYTES[pool.kind])
-        self.arrival = Arrival(pieces, num_bytes, interrupted)
-        self._hooks = ExitStack()
-        self._hooks.enter_context(guarded(module, guards, self.arrival.wait_for))
-        self._transfer = Transfer(pool, region, image, self.arrival, verify, on_over)
-        self._transfer.start()
 
     @property
     def kv_pages(self) -> tuple[int, ...]:
@@ -94,10 +98,6 @@ class SwapIn:
         """Unmap and give back everything; nothing of it may be used again."""
         self._region.unmap()
         self._pool.free.give((*self._claim.weights, *self._claim.rest))
-
-    def _give_back_untouched(self) -> None:
-        nothing = self._claim.is_kept & False
-        self._pool.free.unclaim(self._claim, self._image.key, nothing, nothing)
 
     def _trace(self) -> SwapTrace:
         report = self._transfer.report()

@@ -10,7 +10,8 @@ The loop, for ever:
 4. send what came of it
 
 A step of a model that is still arriving may wait for its weights. Messages are received, but not
-handled, meanwhile; one that may make the step pointless (a cancellation, a swap-out) gives it up.
+handled, meanwhile; one that may make the step pointless (a cancellation, a swap-out), or that is
+for a model which need not wait, gives it up.
 
 Everything happens in the loop's thread but slow file work (loading a host image, fetching
 a model from the hub), which a background thread does one job after the other. The process
@@ -113,8 +114,14 @@ class Worker:
             self._receive()
         except ConnectionError:
             return True  # the loop's own reading will find the same, and end
-        stops = ipc.Cancel | ipc.SwapOut | ipc.Shutdown
-        return any(isinstance(message, stops) for message in self._inbox)
+        return any(self._has_precedence(message) for message in self._inbox)
+
+    def _has_precedence(self, message: ipc.ToWorker) -> bool:
+        match message:
+            case ipc.Submit(request):
+                return self._engine.is_resident(request.model)
+            case _:
+                return isinstance(message, ipc.Cancel | ipc.SwapOut | ipc.Shutdown)
 
     def _send(self, out: Outbox) -> None:
         if out:

@@ -189,7 +189,7 @@ class Library:
         if self._models[result.model].state == "cold":
             self._tier.release(result.model)
         if isinstance(result, Loaded):
-            self._tier.touch(result.model)
+            self._tier.hold(result.model, result.num_bytes)
             return msgspec.structs.replace(result, memory=self.memory())
         return result
 

@@ -85,6 +85,11 @@ class NativeEngine(Library):
         """Whether `step` has anything to do."""
         return bool(self._owner)
 
+    def is_resident(self, model: str) -> bool:
+        """Whether requests for ``model`` need to wait for nothing."""
+        hosted = self._models.get(model)
+        return hosted is not None and hosted.state == "resident"
+
     # -- swapping --------------------------------------------------------------------------
 
     def swap_in(self, model: str) -> Arriving | OpFailed:
@@ -179,6 +184,9 @@ class NativeEngine(Library):
         hosted = self._models.get(model)
         if hosted is None:
             return [OpFailed(model, "verify", not_registered(model))]
+        if hosted.state not in ("host", "resident"):
+            reason = f"model {model!r} is {hosted.state}: there is nothing to check"
+            return [OpFailed(model, "verify", reason)]
         began = time.perf_counter()
         try:
             num_pages = hosted.verify()
