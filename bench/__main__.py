@@ -18,7 +18,7 @@ import msgspec
 from bench.harness import options
 
 ROOT = Path(__file__).parents[1]
-NOT_BENCHMARKS = {"harness"}
+NOT_BENCHMARKS = {"harness", "gpu_swap"}  # the latter needs a GPU and a folder
 
 _LAST_LINE = re.compile(r"(?:PASS|SHORT) (?P<met>\d+)/(?P<total>\d+)(?:: (?P<missed>.*))?")
 

@@ -18,6 +18,7 @@ from services.gpu_agent.transfer import PIECE_BYTES
 
 OF_RAW_AT_LEAST: Final = 0.95
 OUT_MS_AT_MOST: Final = 15.0
+OUT_BYTES: Final = 16e9
 SLOW_S: Final = 0.1
 SHARES: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
 TEST_BYTES: Final = 256 * MIB  # of what is registered in different ways
@@ -72,8 +73,8 @@ def _rates_of(stage: Stage, part: Part, model: MemoryModel) -> None:
     part.value(f"{name}: swap-in of raw, both best", min(took["raw"]) / min(took["swap-in"]), "x")
     of_raw = min(took["raw"]) / samples["swap-in"].median
     part.speed(f"{name}: swap-in of the raw copy's rate", of_raw, at_least=OF_RAW_AT_LEAST)
-    out_ms = samples["swap-out"].median * 1e3
-    part.speed(f"{name}: swap-out", out_ms, "ms", at_most=OUT_MS_AT_MOST)
+    out_ms = samples["swap-out"].median * 1e3 * OUT_BYTES / num_bytes
+    part.speed(f"{name}: swap-out of 16 GB", out_ms, "ms", at_most=OUT_MS_AT_MOST)
     back = sum(n for call, n in outs.copied.items() if "DtoH" in call)
     part.holds(f"{name}: swap-out copies nothing back", back == 0 and not outs.matching("Memcpy"))
     asked = ins.matching(*_ASKING) + outs.matching(*_ASKING) + _torch_segments(stage) - segments

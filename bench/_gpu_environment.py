@@ -27,15 +27,15 @@ def describe(index: int, *, on_gpu: bool) -> dict[str, Any]:
         },
     }
     if on_gpu:
+        pynvml.nvmlInit()
         found["gpu"] = _gpu(index)
-        found["link"] = link(index)
+        found["link"] = _link(index)
         found["attributes"] = _attributes(index)
     return found
 
 
-def link(index: int) -> dict[str, Any]:
-    """The PCIe link now, figure by figure: some are not told everywhere."""
-    pynvml.nvmlInit()
+def _link(index: int) -> dict[str, Any]:
+    """The PCIe link now, figure by figure: some are not told everywhere. NVML must be open."""
     device = pynvml.nvmlDeviceGetHandleByIndex(index)
     asked: dict[str, Callable[[], Any]] = {
         "generation": lambda: pynvml.nvmlDeviceGetCurrPcieLinkGeneration(device),

@@ -14,7 +14,7 @@ from bench._gpu_stage import Stage, prompt
 from services.gpu_agent.probe import KVGeometry
 
 CONTEXT_TOKENS: Final = 64  # that the captured decode step looks back at
-MOST_S: Final = 120.0  # for all swaps of one part
+MOST_S: Final = 150.0  # for all swaps of one part
 
 
 class StillCache(Cache):  # type: ignore[misc]  # transformers is untyped

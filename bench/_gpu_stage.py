@@ -87,6 +87,7 @@ class Counting:
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._driver, name)
         if not (name.startswith("cu") and callable(found)):
+            self.__dict__[name] = found
             return found
 
         def counted(*arguments: Any) -> Any:
@@ -185,6 +186,7 @@ class Stage:
         return list(self._models.values())
 
     def _drop(self) -> None:
+        self.synchronize()
         for model in self._models.values():
             model.close()
         self._models = {}
@@ -194,8 +196,10 @@ class Stage:
 
     def reset(self) -> None:
         """After an error: let go of models and pool, whatever state they are in."""
-        with suppress(Exception):
-            self._drop()
+        for held in (*self._models.values(), self._pool):
+            with suppress(Exception):
+                if held is not None:
+                    held.close()
         self._models, self._pool, self._counting = {}, None, None
 
     def close(self) -> None:

@@ -93,6 +93,7 @@ class Arrival:
         self._looked_at = time.monotonic()
         self._is_called_off = False
         self._is_over = False
+        self.ended_at = 0.0  # time.perf_counter() when it was over; the engine may be busy then
         self._error: Exception | None = None
 
     @property
@@ -149,6 +150,7 @@ class Arrival:
     def end(self) -> None:
         with self._news:
             self._is_over = True
+            self.ended_at = time.perf_counter()
             self._news.notify_all()
 
     # -- the engine's side ---------------------------------------------------------------

@@ -181,6 +181,10 @@ class AgentControl:
     async def _freed(self, replica: Replica) -> None:
         """A slot is free: pull more, or swap out where that waits for the last one."""
         await self.operations.swap_out_if_drained(replica)
+        if not replica.in_flight:
+            # A status that was sent before the request ended may be read after its RequestEnded,
+            # and the model would look busy until the next heartbeat.
+            await self.publish_status()
         if replica.pull:
             await replica.pull.refresh()
 

@@ -161,7 +161,8 @@ class Outcomes:
     async def _swapped_in(
         self, replica: Replica, trace: SwapTrace, context: Context | None
     ) -> None:
-        now = time.time()
+        # The worker may have been in the middle of a forward when the last byte came.
+        now = trace.started_at + trace.total_s
         replica.last_swap_in = trace
         replica.resident_since = now
         replica.awaits_first_token = True

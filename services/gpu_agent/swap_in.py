@@ -115,7 +115,7 @@ class SwapIn:
             map_s=self._map_s,
             copy_s=report.copy_s,
             verify_s=report.verify_s,
-            total_s=time.perf_counter() - self._began,
+            total_s=self.arrival.ended_at - self._began,
             num_bytes=report.num_bytes,
             kept_bytes=self.arrival.num_bytes - self.arrival.bytes_to_copy,
             layers=report.layers,
