@@ -69,9 +69,9 @@ def _rates_of(stage: Stage, part: Part, model: MemoryModel) -> None:
     raw = num_bytes / min(took["raw"]) / 1e9
     part.value(f"{name}: raw copy, best", raw, "GB/s")
     for step in ("swap-in", "copy"):
-        part.value(f"{name}: {step}", num_bytes / samples[step].median / 1e9, "GB/s")
+        part.value(f"{name}: {step} rate", num_bytes / samples[step].median / 1e9, "GB/s")
     part.value(f"{name}: swap-in of raw, both best", min(took["raw"]) / min(took["swap-in"]), "x")
-    of_raw = min(took["raw"]) / samples["swap-in"].median
+    of_raw = min(took["raw"]) / samples["swap-in"].median  # rate over rate
     part.speed(f"{name}: swap-in of the raw copy's rate", of_raw, at_least=OF_RAW_AT_LEAST)
     out_ms = samples["swap-out"].median * 1e3 * OUT_BYTES / num_bytes
     part.speed(f"{name}: swap-out of 16 GB", out_ms, "ms", at_most=OUT_MS_AT_MOST)
@@ -292,5 +292,5 @@ def pages(stage: Stage, part: Part, name: str) -> None:
             total.add(calls)
         samples = {step: part.taken(f"{size}: {step}", taken) for step, taken in took.items()}
         rate = model.layout.num_bytes / samples["swap-in"].median / 1e9
-        part.value(f"{size}: swap-in", rate, "GB/s")
+        part.value(f"{size}: swap-in rate", rate, "GB/s")
         part.details[f"{size}: calls of {stage.sizes.rounds} swaps"] = _shown(total)

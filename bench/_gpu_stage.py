@@ -129,7 +129,7 @@ class Stage:
         self.sizes = sizes
         self.shapes = shapes(tiny=tiny)
         self._open_pool = open_pool
-        self._keeper = open_pool(1, sizes.page_bytes)
+        self._kept: PagePool | None = None
         self._images: dict[str, HostImage] = {}
         self._pool: PagePool | None = None
         self._counting: Counting | None = None
@@ -141,6 +141,12 @@ class Stage:
     def pool(self) -> PagePool:
         assert self._pool is not None
         return self._pool
+
+    @property
+    def _keeper(self) -> PagePool:
+        """The pool that pins all images; of one page, and open until the end."""
+        self._kept = self._kept or self._open_pool(1, self.sizes.page_bytes)
+        return self._kept
 
     @property
     def is_on_gpu(self) -> bool:
@@ -172,6 +178,7 @@ class Stage:
             most = max(one.num_pages(page_bytes) for one in planned)
             began = time.perf_counter()
             self._pool = self._open_pool(int(OF_THE_LARGER * most), page_bytes)
+            part.value("page", page_bytes / MIB, "MiB")
             part.value("open the pool", time.perf_counter() - began, "s")
             part.value("pool", self._pool.budget_bytes / 1e9, "GB")
             if isinstance(self._pool, CudaPool):
@@ -186,7 +193,8 @@ class Stage:
         return list(self._models.values())
 
     def _drop(self) -> None:
-        self.synchronize()
+        if self._pool is not None:
+            self.synchronize()
         for model in self._models.values():
             model.close()
         self._models = {}
@@ -207,7 +215,8 @@ class Stage:
         for image in self._images.values():
             image.free()
         self._images = {}
-        self._keeper.close()
+        if self._kept is not None:
+            self._kept.close()
 
     # -- bringing things about -----------------------------------------------------------------
 

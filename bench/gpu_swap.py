@@ -8,29 +8,34 @@ goes on, and OUT_DIR/gpu_swap.json is whole after each of them. No part starts a
 
 Seconds that a part may take on an H100 with a PCIe 5 link (55 GB/s: Llama is copied in 0.3 s):
 
-    start          15   context, imports            switch-falcon   25   2 models x 2 lengths x 6
+    start          15   context, imports            swap-falcon     35   image: 20
+    driver          5   bare calls                  switch-falcon   25   2 models x 2 lengths x 6
     swap           45   images of two models: 30    decode-falcon   25
     switch         25   2 models x 2 lengths x 6    partial         15   keeping takes a swap each
     graph          60   100 rounds of two swaps     call-off        10
     decode         25   7 batches of 64 steps       pages           20   a pool per size: 3
     arrival        25   30 random swaps             read-only       15
-    swap-falcon    35   image: 20
 
 ``--dry-run`` does the same on the CPU with tiny shapes in seconds: what holds on any device is
 promised there too, rates are only shown.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the engine worker has it
+
 import argparse
 import faulthandler
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import msgspec
 
-from bench import _gpu_copying, _gpu_environment, _gpu_exact, _gpu_serving, _machine
+from bench import _gpu_copying, _gpu_driver, _gpu_environment, _gpu_exact, _gpu_serving, _machine
 from bench._gpu_report import Part, Report
 from bench._gpu_stage import DRY, OpenPool, Sizes, Stage
 from services.gpu_agent.device import open_pool, why_no_cuda
@@ -50,6 +55,7 @@ def _with(call: Callable[..., None], names: Sequence[str]) -> Work:
 
 
 PARTS: Final[dict[str, Work]] = {
+    "driver": lambda _, part: _gpu_driver.ask(part),
     "swap": _with(_gpu_copying.rates, _NEAR),
     "switch": _with(_gpu_serving.switches, _NEAR),
     "graph": _with(_gpu_exact.graphs, _NEAR),
@@ -101,7 +107,10 @@ class Run:
                 self._try(work, part)
             self._write()
         if self._stage is not None:
-            self._stage.close()
+            try:
+                self._stage.close()
+            except Exception:  # all is written; a driver in disarray must not hide it
+                traceback.print_exc()
         return self.report
 
     def _try(self, work: Work, part: Part) -> None:

@@ -53,7 +53,7 @@ class PcieLink(msgspec.Struct, frozen=True):
 
     generation: int
     width: int  # lanes
-    replays: int  # NVML's replay counter: packets sent again, since the driver was loaded
+    replays: int | None = None  # packets sent again since the driver was loaded; None: not told
 
 
 class SwapTrace(msgspec.Struct, frozen=True):

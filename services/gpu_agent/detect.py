@@ -1,6 +1,8 @@
 """What NVML tells of this machine's GPUs: cheap enough for every command line."""
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import pynvml
 
@@ -47,11 +49,15 @@ class PcieProbe:
         """The link now; None where NVML does not tell. Safe in any thread."""
         if self._device is None:
             return None
+        # Some boards and virtual machines do not tell all of it.
+        generation = self._ask(pynvml.nvmlDeviceGetCurrPcieLinkGeneration)
+        width = self._ask(pynvml.nvmlDeviceGetCurrPcieLinkWidth)
+        if generation is None or width is None:
+            return None
+        return PcieLink(generation, width, self._ask(pynvml.nvmlDeviceGetPcieReplayCounter))
+
+    def _ask(self, question: Callable[[Any], Any]) -> int | None:
         try:
-            return PcieLink(
-                generation=int(pynvml.nvmlDeviceGetCurrPcieLinkGeneration(self._device)),
-                width=int(pynvml.nvmlDeviceGetCurrPcieLinkWidth(self._device)),
-                replays=int(pynvml.nvmlDeviceGetPcieReplayCounter(self._device)),
-            )
+            return int(question(self._device))
         except pynvml.NVMLError:
-            return None  # some are not supported on some boards, in virtual machines for example
+            return None

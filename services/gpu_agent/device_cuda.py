@@ -51,7 +51,7 @@ def open_cuda_pool(num_pages: int, page_bytes: int, index: int) -> "CudaPool":
         torch_device=torch.device("cuda", index),
         compute_stream=lambda: int(torch.cuda.current_stream(index).cuda_stream),
         tensor_at=tensor_at,
-        read_link=PcieProbe(bus_id.rstrip(b"\0").decode()).read,
+        read_link=PcieProbe(bus_id.split(b"\0")[0].decode()).read,
     )
 
 
@@ -127,8 +127,9 @@ class CudaPool(PagePool):
         flag = names.CUstream_flags.CU_STREAM_NON_BLOCKING
         self.copy_stream = call("cuStreamCreate", flag, about="copy stream")
         self._later("cuStreamDestroy", self.copy_stream, about="copy stream")
-        # Swaps create nothing: events enough for every page and group of a swap-in.
-        self.spare_events = [self.take_event() for _ in range(self.num_pages + _MORE_EVENTS)]
+        # Swaps create nothing: events enough for the pieces of the largest swap-in.
+        num_events = size // PAGE_BYTES + self.num_pages + _MORE_EVENTS
+        self.spare_events = [self.take_event() for _ in range(num_events)]
         self._staging = torch.frombuffer(mmap.mmap(-1, self.page_bytes), dtype=torch.uint8)
         address = self._staging.data_ptr()
         self.pin_host(address, self.page_bytes)
@@ -150,9 +151,8 @@ class CudaPool(PagePool):
     # -- address ranges, for the pool and its regions ----------------------------------------
 
     def reserve_range(self, num_bytes: int) -> int:
-        """Address of a new range, aligned to pages."""
-        about = f"{num_bytes} bytes aligned to {self.page_bytes}"
-        return int(self.call("cuMemAddressReserve", num_bytes, self.page_bytes, 0, 0, about=about))
+        """Address of a new range, aligned as the driver likes it."""
+        return int(self.call("cuMemAddressReserve", num_bytes, 0, 0, 0, about=f"{num_bytes} bytes"))
 
     def free_range(self, address: int, num_bytes: int) -> None:
         self.call("cuMemAddressFree", address, num_bytes, about=f"{num_bytes} bytes")

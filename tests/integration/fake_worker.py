@@ -6,6 +6,10 @@ What a model does follows from its source, what a request does from its prompt:
 
     source  "broken"     can not be registered
             "too-large"  can not be swapped in
+            "slow"       arrives until SIGUSR1 (then it is there) or SwapOut (called off); what
+                         is submitted meanwhile is answered after that
+            "damaged"    arrives, and is found to be corrupt
+            "dropped"    is unloaded just before a swap-in
     prompt  "hold"       gives one token, then waits for SIGUSR1 (go on) or Cancel
             /a/file      like "hold", unless that file exists: then one token, and done
             "die"        kills the process
@@ -40,6 +44,7 @@ class FakeWorker:
         self._specs: dict[str, ModelSpec] = {}
         self._resident: set[str] = set()
         self._held: list[GenerateRequest] = []
+        self._arriving: dict[str, list[GenerateRequest]] = {}
 
     def run(self) -> None:
         wake_read, wake_write = os.pipe()
@@ -87,23 +92,52 @@ class FakeWorker:
                 self._say(ipc.LoadProgress(model, 1, 2), loaded)
             case ipc.SwapIn(model) if self._specs[model].source == "too-large":
                 self._say(ipc.OpFailed(model, "swap_in", "OutOfPages: 3 needed, 2 free"))
+            case ipc.SwapIn(model) if self._specs[model].source == "slow":
+                self._arriving[model] = []
+                self._say(ipc.Arriving(model))
+            case ipc.SwapIn(model) if self._specs[model].source == "damaged":
+                reason = "page 3 has another checksum"
+                self._say(
+                    ipc.Arriving(model),
+                    ipc.Corrupted(model, "page", reason, self._memory),
+                    ipc.OpFailed(model, "swap_in", reason),
+                )
+            case ipc.SwapIn(model) if self._specs[model].source == "dropped":
+                self._say(
+                    ipc.Unloaded(model, PAGE_BYTES),
+                    ipc.OpFailed(model, "swap_in", "is not loaded yet"),
+                )
             case ipc.SwapIn(model):
                 self._resident.add(model)
                 self._say(ipc.Arriving(model), ipc.SwappedIn(model, trace, self._memory))
+            case ipc.SwapOut(model) if model in self._arriving:
+                assert not self._arriving.pop(model)
+                cancelled = ipc.SwapInCancelled(model, trace)
+                self._say(cancelled, ipc.SwappedOut(model, trace, self._memory))
+            case ipc.Verify(model) if self._specs[model].source == "rotten":
+                self._resident.discard(model)
+                self._say(ipc.Corrupted(model, "page", "page 1 is rotten", self._memory))
+            case ipc.Verify(model):
+                self._say(ipc.Verified(model, 7, PAGE_BYTES, 0.001))
             case ipc.SwapOut(model):
                 self._resident.discard(model)
                 self._say(ipc.SwappedOut(model, trace, self._memory))
             case ipc.Submit(request):
                 self._submit(request)
             case ipc.Cancel(request_id):
-                for request in [r for r in self._held if r.request_id == request_id]:
-                    self._held.remove(request)
+                for line in (self._held, *self._arriving.values()):
+                    if request_id not in [request.request_id for request in line]:
+                        continue
+                    line[:] = [request for request in line if request.request_id != request_id]
                     self._say(ipc.Broke(request_id, "cancelled", "cancelled"))
             case ipc.Shutdown():
                 pass
 
     def _submit(self, request: GenerateRequest) -> None:
         name = request.request_id
+        if request.model in self._arriving:
+            self._arriving[request.model].append(request)
+            return
         if request.model not in self._resident:
             self._say(ipc.Broke(name, "model_unavailable", f"{request.model} is not resident"))
             return
@@ -119,6 +153,13 @@ class FakeWorker:
                 self._answer(request, 0, int(text) if text.isdigit() else 1)
 
     def _release(self) -> None:
+        while self._arriving:
+            model, waiting = self._arriving.popitem()
+            self._resident.add(model)
+            trace = SwapTrace(started_at=time.time(), total_s=0.001, num_bytes=PAGE_BYTES)
+            self._say(ipc.SwappedIn(model, trace, self._memory))
+            for request in waiting:
+                self._submit(request)
         for request in self._held:
             self._answer(request, 1, 2)
         self._held.clear()

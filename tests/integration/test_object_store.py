@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from schemas.state import ModelSpec
+from services import settings
 from services.gpu_agent import checkpoint, loader, object_stream, reading
 from services.gpu_agent.device_cpu import CpuPool
 from services.gpu_agent.engine.library import EngineOptions, Library
@@ -50,8 +51,8 @@ def folder(root: Path) -> Path:
     return root / "models" / "some" / "llama"
 
 
-def inspected(pool: CpuPool, **settings: Any) -> HostedModel:
-    return HostedModel.inspect(ModelSpec("m", URI, **settings), pool)
+def inspected(pool: CpuPool, **options: Any) -> HostedModel:
+    return HostedModel.inspect(ModelSpec("m", URI, **options), pool)
 
 
 def no_progress(_done: int, _total: int) -> None:
@@ -107,6 +108,13 @@ def test_a_tensor_that_is_tied_may_be_stored_twice(folder: Path, pool: CpuPool) 
     model.close()
 
 
+def test_a_checkpoint_that_must_be_converted_is_refused(root: Path, pool: CpuPool) -> None:
+    config = MixtralConfig(**tiny_models._LLAMA_LIKE, num_local_experts=3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(root / "models" / "mixtral")
+    with pytest.raises(BadCheckpoint, match="s3://models/mixtral names or packs its tensors"):
+        HostedModel.inspect(ModelSpec("m", "s3://models/mixtral"), pool)
+
+
 def test_the_cache_is_kept_by_version_and_shared(folder: Path) -> None:
     found: list[Path] = []
     threads = [
@@ -151,7 +159,16 @@ def test_what_is_not_there_is_named(folder: Path, pool: CpuPool) -> None:
     shard.unlink()
     with pytest.raises(BadCheckpoint, match=rf"{URI}/model\.safetensors\.index\.json names"):
         inspected(pool)
-    (folder / "config.json").unlink()
+
+
+def test_settings_take_it_as_it_is(tmp_path: Path) -> None:
+    def source(text: str) -> str:
+        raw = {"models": {"m": {"source": text}}}
+        return settings.parse(raw, origin="here", folder=tmp_path).models["m"].source
+
+    assert source(URI) == URI
+    with pytest.raises(settings.SettingsError, match=r"'gs://models'.*only s3:// is read"):
+        source("gs://models")
 
 
 def test_credentials_are_asked_for(
@@ -183,6 +200,8 @@ def test_objects_that_change_while_they_are_read(
     monkeypatch.undo()
     shard.write_bytes(whole)
     os.utime(shard, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    model.load(no_progress)
+    assert_same_logits(model, tiny_models.reference(folder))
 
 
 def test_a_server_that_dies_fails_one_load_and_nothing_else(

@@ -136,6 +136,7 @@ class FakeDriver:
     def _cuMemAddressReserve(  # noqa: N802
         self, size: int, alignment: int, address: int, flags: int
     ) -> tuple[int]:
+        alignment = alignment or GRANULARITY
         _check(size % GRANULARITY == 0 and alignment % GRANULARITY == 0)
         _check(address == 0 and flags == 0)
         base = device_cpu._map_anonymous(None, size + alignment, 0)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from schemas.state import ModelSpec
-from services.gpu_agent import checkpoint, loader, probe, skeleton
+from services.gpu_agent import checkpoint, loader, probe, reading, skeleton
 from services.gpu_agent.checkpoint import BadCheckpoint
 from services.gpu_agent.checksums import Checksums, Corruption
 from services.gpu_agent.host_image import HostImage, plan_layout
@@ -56,7 +56,7 @@ def test_they_are_those_of_the_final_bytes(tmp_path: Path, page_bytes: int) -> N
 def test_small_and_large_reads_give_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
 ) -> None:
-    monkeypatch.setattr(loader, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(reading, "CHUNK_BYTES", chunk_bytes)
     folder = tiny_models.write(tmp_path / "m", "llama_tied")
     held = load_file(folder / "model.safetensors")
     plan = planned(folder)
@@ -105,11 +105,11 @@ def test_a_flipped_bit_is_found_on_its_page(tmp_path: Path) -> None:
 def test_a_file_that_is_cut_in_the_middle_of_a_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader, "_CHUNK_BYTES", 4000)
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 4000)
     folder = tiny_models.write(tmp_path / "m", "llama")
     plan = planned(folder)
     image = HostImage(plan.layout)
-    read = loader._File.read
+    read = reading.OpenFile.read
     num_reads = 0
 
     def read_and_cut(*args: object) -> None:
@@ -120,7 +120,7 @@ def test_a_file_that_is_cut_in_the_middle_of_a_load(
                 stream.truncate(50_000)
         read(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loader._File, "read", read_and_cut)
+    monkeypatch.setattr(reading.OpenFile, "read", read_and_cut)
     with pytest.raises(BadCheckpoint, match=r"model\.safetensors was cut short while"):
         loader.load(plan, image, PAGE_BYTES, no_progress)
     assert image.checksums is None
@@ -134,7 +134,7 @@ def test_progress_is_told_while_a_disk_is_slow(
     monkeypatch.setattr(loader, "_PROGRESS_S", 0.001)
     seen: list[int] = []
     told = threading.Event()
-    read = loader._File.read
+    read = reading.OpenFile.read
 
     def slow(*args: object) -> None:
         assert told.wait(10.0)
@@ -146,7 +146,7 @@ def test_progress_is_told_while_a_disk_is_slow(
             told.set()
         assert total == sum(slot.weight.num_bytes for slot in plan.layout)
 
-    monkeypatch.setattr(loader._File, "read", slow)
+    monkeypatch.setattr(reading.OpenFile, "read", slow)
     loader.load(plan, HostImage(plan.layout), PAGE_BYTES, progress)
     assert seen[:3] == [0, 0, 0]
     assert seen == sorted(seen)
