@@ -111,8 +111,6 @@ class PatientDriver(FakeDriver):
 def test_the_driver_is_asked_and_nothing_is_left() -> None:
     driver = PatientDriver(2**40)
     found = _gpu_driver.experiments(driver, GRANULARITY)
-    told = found.pop("reserve, aligned to 0 MiB")  # the stand-in wants an alignment
-    assert told.startswith("ZeroDivisionError")
     assert all(isinstance(seconds, float) for seconds in found.pop("pages").values())
     assert all(isinstance(seconds, float) for seconds in found.values())
     assert (driver.pages, driver.ranges, driver.mappings, driver.pinned) == ({}, {}, {}, {})
