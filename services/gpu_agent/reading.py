@@ -11,7 +11,7 @@ import math
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -157,8 +157,6 @@ class OpenFile:
         except OSError as error:
             raise BadCheckpoint(f"{path} can not be read: {error.strerror}") from error
         stack.callback(os.close, self._descriptor)
-        with suppress(OSError):  # advice only: read further ahead, as readers take turns
-            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def read(self, position: int, targets: list[torch.Tensor]) -> None:
         """Fill ``targets`` (uint8, 1-D), one after another, from byte ``position`` on.
