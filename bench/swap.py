@@ -23,6 +23,7 @@ from bench import _loading, _models, _overlap, _registering, _swapping
 from bench.harness import Bench
 from schemas.state import ModelSpec
 from services.gpu_agent.device import open_pool
+from services.gpu_agent.worker import freeze_imports
 from services.memcpy import with_streaming_copies
 
 BUDGET_MODELS = 1.5
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> int:
         return subprocess.run(
             command, env=with_streaming_copies(os.environ), check=False
         ).returncode
+    freeze_imports()
     bench = Bench("swap", "registering, loading and swapping models", argv)
     starts = _swapping.starts(bench)
     bench.value("worker start", starts.median, "s")

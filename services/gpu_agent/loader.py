@@ -11,6 +11,7 @@ by transformers in a process of its own (see convert.py), from files only.
 reads, copies and checksums without holding the interpreter lock.
 """
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -32,7 +33,8 @@ from services.gpu_agent.object_stream import Range, stream
 from services.gpu_agent.reading import Filling, OpenFile, Part, cut, stretches
 
 _BATCH_BYTES: Final = 256 * 2**20  # of objects that are asked for at once
-_NUM_READERS: Final = 4
+# One per core: more of them take the cores from each other, and break up what the disk reads ahead.
+_NUM_READERS: Final = max(2, min(8, len(os.sched_getaffinity(0))))
 _PROGRESS_S: Final = 0.1
 
 
