@@ -37,13 +37,13 @@ def measure(bench: Bench, spec: ModelSpec, page_bytes: int) -> None:
     """Record all figures of loading ``spec`` with a checksum for every ``page_bytes``."""
     rig = _Rig(spec, page_bytes)
     name = spec.name
-    raw = RawCopy(rig.num_bytes)
+    copier = RawCopy(rig.num_bytes)
     warm = bench.round_robin(
         {
             f"{name}: load, warm": rig.load_warm,
             f"{name}: load_file + pack": rig.pack_warm,
             f"{name}: memcpy between touched buffers": lambda: (
-                rig.num_bytes / raw.once().memcpy / 1e9
+                rig.num_bytes / copier.once().memcpy / 1e9
             ),
         }
     )

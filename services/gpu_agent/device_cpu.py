@@ -113,6 +113,7 @@ class CpuPool(PagePool):
         """Work is done when it returns."""
 
     def close(self) -> None:
+        self.copiers.shutdown()
         self.home.free()
 
 

@@ -251,6 +251,7 @@ class CudaPool(PagePool):
     def close(self) -> None:
         """Idempotent; undoes what was done, last first, and raises the first error at the end."""
         errors: list[DeviceError] = []
+        self.copiers.shutdown()
         while self._undo:
             try:
                 self._undo.pop()()

@@ -21,6 +21,8 @@ Only the engine loop calls a pool, with these exceptions: a loading thread calls
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 import torch
 
@@ -28,6 +30,9 @@ from schemas.state import PcieLink
 from services.gpu_agent.free_pages import FreePages, OutOfPages
 
 __all__ = ["DeviceError", "OutOfPages", "PagePool", "Region", "Stamp", "runs"]
+
+
+_MAX_COPIERS: Final = 256  # only as many as copy at once are ever started
 
 
 class DeviceError(Exception):
@@ -153,6 +158,8 @@ class PagePool(ABC):
         self.num_pages = num_pages
         self.free = FreePages(num_pages)
         self.link = threading.Lock()  # held by the one swap-in that copies: sharing slows both
+        # Its threads stay: starting one costs time on the swap path, and memory of its own.
+        self.copiers = ThreadPoolExecutor(_MAX_COPIERS, "swap-in")
 
     @property
     def used_bytes(self) -> int:

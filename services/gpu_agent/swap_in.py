@@ -56,16 +56,16 @@ class SwapIn:
             self._map_s = time.perf_counter() - self._began
             pieces = cut(image.layout, self._claim.is_kept, pool.page_bytes, PIECE_BYTES[pool.kind])
             self.arrival = Arrival(pieces, num_bytes, interrupted)
-            self._hooks.enter_context(guarded(module, guards, self.arrival.wait_for))
             self._transfer = Transfer(pool, region, image, self.arrival, verify, on_over)
             self._transfer.start()
         except BaseException:
-            self._hooks.close()
             if region.is_mapped:
                 region.unmap()
             nothing = self._claim.is_kept & False
             pool.free.unclaim(self._claim, image.key, nothing, nothing)
             raise
+        # While the first bytes are on their way: no forward begins before this returns.
+        self._hooks.enter_context(guarded(module, guards, self.arrival.wait_for))
 
     @property
     def kv_pages(self) -> tuple[int, ...]:

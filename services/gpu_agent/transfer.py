@@ -14,7 +14,6 @@ One swap-in copies at a time: two that share the link would both be late.
 """
 
 import random
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -81,7 +80,7 @@ class Transfer:
         self._link: PcieLink | None = None
 
     def start(self) -> None:
-        threading.Thread(target=self._run, name="swap-in", daemon=True).start()
+        self._pool.copiers.submit(self._run)
 
     def report(self) -> CopyReport:
         """Raises nothing; of an arrival that was called off it tells what was copied."""
@@ -168,14 +167,11 @@ class Transfer:
     def _share_pieces(self) -> None:
         """Copy with several threads, of which this is one. Copies give up the interpreter lock."""
         helpers = [
-            threading.Thread(target=self._copy_some, name="swap-in", daemon=True)
-            for _ in range(self._num_threads - 1)
+            self._pool.copiers.submit(self._copy_some) for _ in range(self._num_threads - 1)
         ]
-        for helper in helpers:
-            helper.start()
         self._copy_some()
         for helper in helpers:
-            helper.join()
+            helper.result()
 
     def _copy_some(self) -> None:
         rate = self._pool.link_bytes_per_s
