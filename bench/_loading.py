@@ -37,6 +37,11 @@ def measure(bench: Bench, spec: ModelSpec, page_bytes: int) -> None:
     """Record all figures of loading ``spec`` with a checksum for every ``page_bytes``."""
     rig = _Rig(spec, page_bytes)
     name = spec.name
+    _measure_cold(bench, rig, name)
+    _measure_warm(bench, rig, name)
+
+
+def _measure_warm(bench: Bench, rig: "_Rig", name: str) -> None:
     copier = RawCopy(rig.num_bytes)
     warm = bench.round_robin(
         {
@@ -56,6 +61,9 @@ def measure(bench: Bench, spec: ModelSpec, page_bytes: int) -> None:
         f"{name}: load over load_file, warm", ratio, at_least=OVER_LOAD_FILE_AT_LEAST, unit="x"
     )
     bench.value(f"{name}: load, warm", rig.num_bytes / ours.median / 1e9, "GB/s")
+
+
+def _measure_cold(bench: Bench, rig: "_Rig", name: str) -> None:
     if not rig.drop():
         bench.value(f"{name}: load, cold (its files' page cache can not be dropped)", float("nan"))
         return

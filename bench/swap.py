@@ -22,6 +22,7 @@ from pathlib import Path
 from bench import _loading, _models, _overlap, _registering, _swapping
 from bench.harness import Bench
 from schemas.state import ModelSpec
+from services.gpu_agent import device_cpu
 from services.gpu_agent.device import open_pool
 from services.gpu_agent.worker import freeze_imports
 from services.memcpy import with_streaming_copies
@@ -44,6 +45,9 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="hotswap-bench-") as folder:
         models = (_models.layered(), _models.wide())
         specs = [_models.write(model, Path(folder)) for model in models]
+        # Before anything else has used and freed memory: fresh pages then cost what they cost in
+        # a worker that has just started.
+        _loading.measure(bench, specs[0], device_cpu.PAGE_BYTES)
         pool = open_pool("cpu", _budget_bytes(specs))
         bench.value("pool", pool.budget_bytes / 1e6, "MB")
         _registering.measure(bench, pool)
@@ -51,7 +55,6 @@ def main(argv: list[str]) -> int:
         for model in rig.models:
             _swapping.measure(bench, rig, model, starts.median)
         _swapping.measure_growth(bench, rig)
-        _loading.measure(bench, specs[0], pool.page_bytes)
         _overlap.measure(bench, Path(folder) / "overlap")
     return bench.finish()
 

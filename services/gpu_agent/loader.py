@@ -18,7 +18,6 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -156,11 +155,11 @@ def _read_all(
 def _read_files(
     checkpoint: Checkpoint, parts: list[Part], filling: Filling, on_progress: Callable[[int], None]
 ) -> None:
-    with ExitStack() as stack:
-        files = {path: OpenFile(path, stack) for path in checkpoint.files}
-        readers = stack.enter_context(ThreadPoolExecutor(_NUM_READERS, "load"))
-        todo = deque(stretches(parts))
-        unfinished = {readers.submit(_read_some, files, todo, filling) for _ in range(_NUM_READERS)}
+    todo = deque(stretches(parts))
+    with ThreadPoolExecutor(_NUM_READERS, "load") as readers:
+        unfinished = {
+            readers.submit(_read_some, checkpoint, todo, filling) for _ in range(_NUM_READERS)
+        }
         try:
             while unfinished:
                 finished, unfinished = wait(unfinished, _PROGRESS_S, FIRST_EXCEPTION)
@@ -171,9 +170,13 @@ def _read_files(
             todo.clear()  # after an error the others stop
 
 
-def _read_some(files: dict[Path, OpenFile], todo: deque[list[Part]], filling: Filling) -> None:
-    """Read stretches until there are no more. Several threads do this."""
-    with suppress(IndexError):
+def _read_some(checkpoint: Checkpoint, todo: deque[list[Part]], filling: Filling) -> None:
+    """Read stretches until there are no more. Several threads do this.
+
+    Each opens the files for itself: the kernel reads ahead by what one descriptor was read.
+    """
+    with ExitStack() as stack, suppress(IndexError):
+        files = {path: OpenFile(path, stack) for path in checkpoint.files}
         while True:
             stretch = todo.popleft()
             targets = [filling.target(part) for part in stretch]

@@ -148,7 +148,7 @@ class Filling:
 
 
 class OpenFile:
-    """One open file; closed with ``stack``. `read` may be called by several threads."""
+    """One open file of one reader; closed with ``stack``."""
 
     def __init__(self, path: Path, stack: ExitStack) -> None:
         self._path = path
