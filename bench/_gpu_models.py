@@ -21,12 +21,12 @@ from schemas.state import ModelSpec
 from services.gpu_agent import probe, skeleton
 from services.gpu_agent.checkpoint import Checkpoint
 from services.gpu_agent.checksums import Checksums, checksum
-from services.gpu_agent.facts import find_facts
 from services.gpu_agent.host_image import HostImage, Layout, plan_layout
-from services.gpu_agent.hosted import HostedModel, _guard_ends
+from services.gpu_agent.hosted import HostedModel
 from services.gpu_agent.loader import LoadPlan
 from services.gpu_agent.pages import PagePool, Region
 from services.gpu_agent.probe import Examined
+from services.gpu_agent.registration import assemble
 from services.gpu_agent.transfer import Verify
 
 SPREAD: Final = 0.02  # standard deviation of every matrix, as these models are initialised
@@ -158,17 +158,18 @@ class MemoryModel(HostedModel):
         cls, planned: Planned, pool: PagePool, image: HostImage, verify: Verify
     ) -> "MemoryModel":
         """Bind ``planned``'s module, which can be done once, to a region of ``pool``."""
-        spec, module, layout = planned.spec, planned.module, planned.layout
-        config, dtype = planned.shape.config, planned.shape.dtype
-        facts = find_facts(spec, config, module, planned.examined, layout, dtype, pool)
-        region = pool.reserve(layout.num_bytes)
-        skeleton.make_buffers_real(module, pool.torch_device, spec)
-        skeleton.bind(module, layout, region.tensor)
-        files = LoadPlan(spec, Checkpoint(Path("nowhere"), {}, {}), layout, dtype, ())
-        guards = _guard_ends(planned.examined.guards, layout)
-        geometry = planned.examined.geometry
-        model = cls(spec, pool, facts, geometry, module, config, files, region, guards, verify)
-        model.region, model.image = region, image
+        shape, spec = planned.shape, planned.spec
+        files = Checkpoint(Path("nowhere"), {}, {})
+        known = assemble(
+            spec,
+            shape.config,
+            planned.module,
+            planned.examined,
+            LoadPlan(spec, files, planned.layout, shape.dtype, ()),
+            pool,
+        )
+        model = cls(known, pool, verify)
+        model.region, model.image = known.region, image
         model._image, model.state = image, "host"
         return model
 

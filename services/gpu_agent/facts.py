@@ -6,7 +6,7 @@ from torch import nn
 
 from schemas.state import ModelFacts, ModelSpec
 from services.gpu_agent.checkpoint import BadCheckpoint
-from services.gpu_agent.host_image import Layout
+from services.gpu_agent.loader import LoadPlan
 from services.gpu_agent.pages import PagePool
 from services.gpu_agent.probe import Examined, KVGeometry
 
@@ -16,17 +16,16 @@ def find_facts(
     config: Any,
     module: nn.Module,
     examined: Examined,
-    layout: Layout,
-    dtype: Any,
+    plan: LoadPlan,
     pool: PagePool,
 ) -> ModelFacts:
     """All bytes are rounded up to whole pages of ``pool``. Raises BadCheckpoint."""
     max_model_len = _max_model_len(spec, config)
     return ModelFacts(
         architecture=type(module).__name__,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(plan.dtype).removeprefix("torch."),
         num_parameters=examined.num_parameters,
-        weight_bytes=pool.pages_for(layout.num_bytes) * pool.page_bytes,
+        weight_bytes=pool.pages_for(plan.layout.num_bytes) * pool.page_bytes,
         kv_bytes=_kv_pages(spec, examined.geometry, max_model_len, pool) * pool.page_bytes,
         max_model_len=max_model_len,
         max_batch=spec.max_batch,

@@ -16,19 +16,17 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from torch import nn
-
-from schemas.state import ModelFacts, ModelSpec, SwapTrace
-from services.gpu_agent import checkpoint, loader, probe, skeleton
+from schemas.state import ModelSpec, SwapTrace
+from services.gpu_agent import loader
 from services.gpu_agent.canary import Canary
 from services.gpu_agent.checkpoint import BadCheckpoint
 from services.gpu_agent.checksums import Corruption
-from services.gpu_agent.facts import find_facts
-from services.gpu_agent.host_image import HostImage, Layout, plan_layout
-from services.gpu_agent.pages import PagePool, Region
+from services.gpu_agent.host_image import HostImage, Layout
+from services.gpu_agent.pages import PagePool
 from services.gpu_agent.probe import KVGeometry
+from services.gpu_agent.registration import Registration, register
 from services.gpu_agent.shared_images import ImageExchange, image_key
 from services.gpu_agent.swap_in import SwapIn
 from services.gpu_agent.transfer import Verify, check_pages
@@ -53,35 +51,23 @@ class HostedModel:
     everything but ``load``, which may run in a thread of its own.
     """
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        pool: PagePool,
-        facts: ModelFacts,
-        geometry: KVGeometry,
-        module: nn.Module,
-        config: Any,
-        plan: loader.LoadPlan,
-        region: Region,
-        guards: dict[str, int],
-        verify: Verify,
-    ) -> None:
-        self.spec = spec
-        self.facts = facts
-        self.geometry = geometry
-        self.module = module
-        self.config = config
-        self.folder: Path = plan.checkpoint.folder
+    def __init__(self, known: Registration, pool: PagePool, verify: Verify) -> None:
+        self.spec = known.spec
+        self.facts = known.facts
+        self.geometry = known.geometry
+        self.module = known.module
+        self.config = known.config
+        self.folder: Path = known.plan.checkpoint.folder
         self.state: Literal["cold", "host", "arriving", "resident"] = "cold"
         self.kv_pages: tuple[int, ...] = ()
         self._pool = pool
-        self._plan = plan
-        self._region = region
-        self._guards = guards
+        self._plan = known.plan
+        self._region = known.region
+        self._guards = known.guards
         self._verify: Verify = verify
         self._image: HostImage | None = None
         self._swap_in: SwapIn | None = None
-        self._canary = Canary(module, config, pool.torch_device)
+        self._canary = Canary(known.module, known.config, pool.torch_device)
 
     @property
     def layout(self) -> Layout:
@@ -90,29 +76,8 @@ class HostedModel:
 
     @classmethod
     def inspect(cls, spec: ModelSpec, pool: PagePool, verify: Verify = "sampled") -> "HostedModel":
-        """Find and check ``spec``'s files and build the module, without reading weights.
-
-        Works for models larger than the pool: ``facts`` tell. Raises BadCheckpoint.
-        """
-        found = checkpoint.read(checkpoint.find(spec))
-        config = skeleton.read_config(found.folder, spec)
-        stored = (tensor.dtype for tensor in found.tensors.values())
-        dtype = skeleton.choose_dtype(config, spec, stored)
-        module = skeleton.build(config, spec, dtype)
-        examined = probe.examine(module, config, spec)
-        layout = plan_layout(examined.weights)
-        facts = find_facts(spec, config, module, examined, layout, dtype, pool)
-        plan = loader.plan_load(spec, found, layout, module, dtype)
-        region = pool.reserve(layout.num_bytes)
-        try:
-            skeleton.make_buffers_real(module, pool.torch_device, spec)
-            skeleton.bind(module, layout, region.tensor)
-        except BaseException:
-            region.release()
-            raise
-        guards = _guard_ends(examined.guards, layout)
-        geometry = examined.geometry
-        return cls(spec, pool, facts, geometry, module, config, plan, region, guards, verify)
+        """Register ``spec`` (see registration.py). Raises BadCheckpoint."""
+        return cls(register(spec, pool), pool, verify)
 
     @property
     def is_current(self) -> bool:
@@ -323,12 +288,3 @@ class HostedModel:
             self.swap_out()
         self.unload()
         self._region.release()
-
-
-def _guard_ends(guards: dict[str, str], layout: Layout) -> dict[str, int]:
-    """For every guard module the end of the last byte that it needs."""
-    ends: dict[str, int] = {}
-    for slot in layout:
-        module = guards[slot.weight.name]
-        ends[module] = max(ends.get(module, 0), slot.offset + slot.weight.num_bytes)
-    return ends

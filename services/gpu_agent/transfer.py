@@ -166,9 +166,7 @@ class Transfer:
 
     def _share_pieces(self) -> None:
         """Copy with several threads, of which this is one. Copies give up the interpreter lock."""
-        helpers = [
-            self._pool.copiers.submit(self._copy_some) for _ in range(self._num_threads - 1)
-        ]
+        helpers = [self._pool.copiers.submit(self._copy_some) for _ in range(self._num_threads - 1)]
         self._copy_some()
         for helper in helpers:
             helper.result()
