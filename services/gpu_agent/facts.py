@@ -26,7 +26,7 @@ def find_facts(
         dtype=str(plan.dtype).removeprefix("torch."),
         num_parameters=examined.num_parameters,
         weight_bytes=pool.pages_for(plan.layout.num_bytes) * pool.page_bytes,
-        kv_bytes=_kv_pages(spec, examined.geometry, max_model_len, pool) * pool.page_bytes,
+        kv_bytes=kv_pages(spec, examined.geometry, max_model_len, pool) * pool.page_bytes,
         max_model_len=max_model_len,
         max_batch=spec.max_batch,
     )
@@ -52,7 +52,7 @@ def _max_model_len(spec: ModelSpec, config: Any) -> int:
     return min(n for n in (asked, trained) if n is not None)
 
 
-def _kv_pages(spec: ModelSpec, geometry: KVGeometry, max_model_len: int, pool: PagePool) -> int:
+def kv_pages(spec: ModelSpec, geometry: KVGeometry, max_model_len: int, pool: PagePool) -> int:
     """Pages of the KV reserve. A page holds K and V of all layers for its tokens."""
     tokens_per_page = pool.page_bytes // geometry.bytes_per_token
     if tokens_per_page < 1:

@@ -13,7 +13,8 @@ import torch
 
 from schemas.state import ModelSpec
 from services.gpu_agent.device_cpu import PAGE_BYTES, CpuPool
-from services.gpu_agent.hosted import BadCheckpoint, HostedModel
+from services.gpu_agent.facts import kv_pages
+from services.gpu_agent.hosted import BadCheckpoint, HostedModel, KVGeometry
 from services.gpu_agent.pages import OutOfPages
 from tests.unit import tiny_models
 
@@ -109,11 +110,10 @@ def test_settings_that_can_not_be(
         host(tmp_path, pool, "llama", **{setting: value})
 
 
-def test_a_token_must_fit_a_page(tmp_path: Path, pool: CpuPool) -> None:
-    path = tiny_models.write(tmp_path / "m", "llama")
-    tiny_models.edit_config(path, head_dim=2**20)
+def test_a_token_must_fit_a_page(pool: CpuPool) -> None:
+    wide = KVGeometry(1, 1, 2**20, torch.float32, (None,))
     with pytest.raises(BadCheckpoint, match="more than a page of 2097152: use larger pages"):
-        HostedModel.inspect(ModelSpec("m", str(path)), pool)
+        kv_pages(ModelSpec("m", "nowhere"), wide, 256, pool)
 
 
 def test_a_model_larger_than_the_pool_is_described_but_never_swapped_in(tmp_path: Path) -> None:
