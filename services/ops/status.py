@@ -58,7 +58,9 @@ async def run(options: BusOptions, as_json: bool) -> None:
 
 
 def _gpu_table(snapshot: Snapshot) -> Table:
-    table = Table("GPU", "device", "used", "budget", "resident", "in flight", title="GPUs")
+    table = Table(
+        "GPU", "device", "used", "budget", "host images", "resident", "in flight", title="GPUs"
+    )
     for gpu, status in sorted(snapshot.agents.items()):
         resident = [r.model for r in status.replicas if r.state == "resident"]
         table.add_row(
@@ -66,6 +68,7 @@ def _gpu_table(snapshot: Snapshot) -> Table:
             f"{status.device} ({status.device_name})" if status.worker_pid else "worker starting",
             _mib(status.used_bytes),
             _mib(status.budget_bytes),
+            f"{_mib(status.host_used_bytes)} of {_mib(status.host_budget_bytes)}",
             ", ".join(resident) or "-",
             str(sum(r.in_flight for r in status.replicas)),
         )
@@ -78,7 +81,7 @@ def _model_table(snapshot: Snapshot) -> Table:
     table = Table("model", "status", "state", "weights", "KV reserve", "context", title="Models")
     for model, record in sorted(snapshot.deployments.items()):
         states = [
-            f"{r.state} on {gpu}"
+            f"{r.state} on {gpu}" + (f" ({_mib(r.cached_bytes)} kept)" if r.cached_bytes else "")
             for gpu, status in sorted(snapshot.agents.items())
             for r in status.replicas
             if r.model == model
