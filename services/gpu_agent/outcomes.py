@@ -119,7 +119,7 @@ class Outcomes:
                 await self._reporter.event(ModelLoaded(*where, num_bytes, load_s))
             case ipc.Unloaded() if replica.state != "host":
                 # A swap-in is on its way to the worker, and will fail.
-                replica.lost_image = _UNLOADED
+                replica.lost_image, replica.after_loss = _UNLOADED, "cold"
                 return
             case ipc.Unloaded(_, num_bytes):
                 replica.move("cold", _UNLOADED)
@@ -147,10 +147,13 @@ class Outcomes:
                 log.error("verification of %s failed: %s", model, reason)
                 replica.stop_pulling()
                 replica.num_corruptions += 1
+                # Its files are good as far as anybody knows; what keeps happening needs a person.
+                is_hopeless = replica.num_corruptions >= MAX_CORRUPTIONS
+                replica.after_loss = "failed" if is_hopeless else "cold"
                 if replica.state in ("swapping_in", "draining", "swapping_out"):
                     replica.lost_image = reason  # OpFailed follows, and settles it
                 else:
-                    replica.move(_after_corruption(replica), reason)
+                    replica.move(replica.after_loss, reason)
                 await self._reporter.event(VerificationFailed(*where, check, reason))
                 await self._serving.hand_back(replica)
                 await self._operations.swap_out_if_drained(replica)
@@ -184,7 +187,7 @@ class Outcomes:
         if op == "swap_out" and replica.state != "swapping_out":
             return  # it is out already: the swap-in that it was to call off had failed
         where = (self._gpu, answer.model, replica.generation, time.time())
-        if replica.lost_image and replica.num_corruptions < MAX_CORRUPTIONS:
+        if replica.lost_image and replica.after_loss == "cold":
             # Nothing is wrong with the model: it is loaded again, and its requests wait for that.
             replica.move("cold", replica.lost_image)
             replica.lost_image = ""
@@ -211,11 +214,6 @@ class Outcomes:
         self.memory = memory
         for model, replica in self._replicas.items():
             replica.cached_bytes = memory.cached_bytes.get(model, 0)
-
-
-def _after_corruption(replica: Replica) -> ReplicaState:
-    """Its files are good as far as anybody knows; but what keeps happening needs a person."""
-    return "failed" if replica.num_corruptions >= MAX_CORRUPTIONS else "cold"
 
 
 def _with_drain(trace: SwapTrace, drain_started_at: float) -> SwapTrace:

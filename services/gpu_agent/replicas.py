@@ -43,6 +43,7 @@ class Replica:
     awaits_first_token: bool = False  # since the last swap-in
     cached_bytes: int = 0  # of its weights, still on the device though swapped out
     lost_image: str = ""  # why the worker dropped its image under a swap-in, whose end is to come
+    after_loss: ReplicaState = "cold"  # what it is then
     num_corruptions: int = 0  # how often its weights were not what was loaded
     last_swap_in: SwapTrace | None = None
     drain_started_at: float = 0.0

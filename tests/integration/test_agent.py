@@ -1,9 +1,5 @@
 """AgentControl over a real nats-server, with a scripted engine worker."""
 
-from collections.abc import AsyncIterator
-
-import pytest
-
 from schemas.commands import Register, SwapIn
 from schemas.events import (
     AgentStarted,
@@ -24,19 +20,8 @@ from tests.integration.agent_kit import (
     GPU,
     Agent,
     ends,
-    running_agent,
-    use_fake_worker,
 )
 from tests.integration.fake_worker import BUDGET_BYTES, PAGE_BYTES
-from tests.integration.nats_process import NatsServer
-
-
-@pytest.fixture
-async def agent(nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Agent]:
-    use_fake_worker(monkeypatch)
-    async with running_agent(nats_server) as running:
-        yield running
-
 
 # -- commands ------------------------------------------------------------------------------
 

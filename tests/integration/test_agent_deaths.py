@@ -3,25 +3,15 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
 from pathlib import Path
-
-import pytest
 
 from schemas.events import RequestEnded, RequestStarted, WorkerDied
 from schemas.state import AgentStatus
 from schemas.stream import Failed, Finished, Started, Tokens
 from services.bus import Delivery, Puller
 from services.gpu_agent.suspects import MAX_CRASHES
-from tests.integration.agent_kit import Agent, ends, eventually, running_agent, use_fake_worker
+from tests.integration.agent_kit import Agent, ends, eventually
 from tests.integration.nats_process import NatsServer
-
-
-@pytest.fixture
-async def agent(nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Agent]:
-    use_fake_worker(monkeypatch)
-    async with running_agent(nats_server) as running:
-        yield running
 
 
 async def _now(value: bool) -> bool:

@@ -1,6 +1,6 @@
 """Pipelined swap-ins as control sees them: requests meanwhile, call-offs, damage, lost images."""
 
-from collections.abc import AsyncIterator
+import time
 
 import pytest
 
@@ -25,15 +25,7 @@ from schemas.requests import VerifyRequest
 from schemas.state import AgentStatus
 from schemas.stream import Failed, Finished, Started, Tokens
 from services.gpu_agent.outcomes import MAX_CORRUPTIONS
-from tests.integration.agent_kit import GPU, Agent, running_agent, use_fake_worker
-from tests.integration.nats_process import NatsServer
-
-
-@pytest.fixture
-async def agent(nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Agent]:
-    use_fake_worker(monkeypatch)
-    async with running_agent(nats_server) as running:
-        yield running
+from tests.integration.agent_kit import GPU, Agent
 
 
 async def host(agent: Agent, source: str) -> None:
@@ -80,8 +72,6 @@ async def test_what_came_before_a_swap_in_is_in_its_trace(agent: Agent) -> None:
     await host(agent, "fake")
     at = agent.statuses.items[-1]
     assert at.host_used_bytes > 0
-    import time
-
     now = time.time()
     await agent.send(
         SwapIn(GPU, "m", agent.epoch, 99, waiting_since=now - 3.0, decided_at=now - 2.0)
@@ -155,8 +145,12 @@ async def test_damaged_weights_are_loaded_again_and_requests_wait(agent: Agent) 
     assert len(agent.events.all(RequestEnded)) == 1
 
 
-async def test_an_image_that_was_dropped_under_a_swap_in(agent: Agent) -> None:
+@pytest.mark.parametrize("num_corruptions", [0, MAX_CORRUPTIONS])
+async def test_an_image_that_was_dropped_under_a_swap_in(
+    agent: Agent, num_corruptions: int
+) -> None:
     await host(agent, "dropped")
+    agent.control.replicas["m"].num_corruptions = num_corruptions  # of earlier: no matter here
     generation = await agent.swap_in("m")
     rejected = await agent.events.until(CommandRejected, generation=generation)
     assert "made room" in rejected.reason
