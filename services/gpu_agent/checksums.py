@@ -4,7 +4,7 @@ XXH3-64 (xxhash): it runs at the memory's speed, so it is no price on a load, an
 every single flipped bit. It guards against faults, not against forgery.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -68,10 +68,18 @@ class Checksums:
 
     def check_all(self, image: torch.Tensor, where: str, pages: Iterable[int] | None = None) -> int:
         """`check` ``pages`` (all, if None) of a host-side copy; returns how many."""
-        chosen = range(self.num_pages) if pages is None else pages
+        return self.check_read(lambda start, end: image[start:end], where, pages)
+
+    def check_read(
+        self,
+        read: Callable[[int, int], torch.Tensor],
+        where: str,
+        pages: Iterable[int] | None = None,
+    ) -> int:
+        """`check_all` of a copy that lies elsewhere: ``read(start, end)`` gives its bytes."""
         count = 0
-        for page in chosen:
+        for page in range(self.num_pages) if pages is None else pages:
             start, end = self.span(page)
-            self.check(page, image[start:end], where)
+            self.check(page, read(start, end), where)
             count += 1
         return count

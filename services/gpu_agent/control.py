@@ -180,12 +180,12 @@ class AgentControl:
 
     async def _freed(self, replica: Replica) -> None:
         """A slot is free: pull more, or swap out where that waits for the last one."""
-        await self.operations.swap_out_if_drained(replica)
-        if not replica.in_flight:
-            # A status that was sent before the request ended may be read after its RequestEnded,
-            # and the model would look busy until the next heartbeat.
-            await self.publish_status()
+        await self.operations.swap_out_if_drained(replica)  # where it is, a status goes out
         if replica.pull:
+            if not replica.in_flight:
+                # A status that was sent before the request ended may be read after its
+                # RequestEnded, and the model would look busy until the next heartbeat.
+                await self.publish_status()
             await replica.pull.refresh()
 
     def _open_replica(self, replica: Replica) -> None:

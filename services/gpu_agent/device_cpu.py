@@ -109,9 +109,6 @@ class CpuPool(PagePool):
     def stamp(self) -> Stamp:
         return _ClockStamp()
 
-    def synchronize(self) -> None:
-        """Work is done when it returns."""
-
     def close(self) -> None:
         self.copiers.shutdown()
         self.home.free()

@@ -245,9 +245,6 @@ class CudaPool(PagePool):
     def read_link(self) -> PcieLink | None:
         return self._read_link()
 
-    def synchronize(self) -> None:
-        self.call("cuCtxSynchronize", about=f"GPU {self._index}")
-
     def close(self) -> None:
         """Idempotent; undoes what was done, last first, and raises the first error at the end."""
         errors: list[DeviceError] = []

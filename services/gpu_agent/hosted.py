@@ -11,7 +11,6 @@ run already, each group of weights waited for. Swap-out copies nothing, because 
 immutable and the host image still holds them; its pages keep them too, until somebody needs them.
 """
 
-import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,15 +32,14 @@ from services.gpu_agent.transfer import Verify, check_pages
 
 __all__ = ["BadCheckpoint", "HostedModel", "KVGeometry"]
 
-logger = logging.getLogger(__name__)
 
-
-def _never() -> bool:
+def never() -> bool:
+    """Nobody interrupts."""
     return False
 
 
-def _nothing() -> None:
-    pass
+def nothing() -> None:
+    """Nobody wants to be told."""
 
 
 class HostedModel:
@@ -154,8 +152,8 @@ class HostedModel:
 
     def begin_swap_in(
         self,
-        interrupted: Callable[[], bool] = _never,
-        on_over: Callable[[], None] = _nothing,
+        interrupted: Callable[[], bool] = never,
+        on_over: Callable[[], None] = nothing,
     ) -> None:
         """Take pages for weights and KV reserve together, map, start to copy what is missing.
 

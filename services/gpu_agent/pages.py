@@ -208,10 +208,6 @@ class PagePool(ABC):
         return None
 
     @abstractmethod
-    def synchronize(self) -> None:
-        """Wait for all work on the device."""
-
-    @abstractmethod
     def close(self) -> None:
         """Free everything. Tensors over the pool and its regions must not be used any more."""
 

@@ -206,11 +206,10 @@ def check_pages(region: Region, image: HostImage, pages: Sequence[int] | None = 
 
     Raises Corruption.
     """
-    checksums = image.checksums
-    if checksums is None:
+    if image.checksums is None:
         return 0
-    chosen = range(checksums.num_pages) if pages is None else pages
-    for page in chosen:
-        start, end = checksums.span(page)
-        checksums.check(page, region.read(start, end - start), "on the device")
-    return len(chosen)
+
+    def read(start: int, end: int) -> torch.Tensor:
+        return region.read(start, end - start)
+
+    return image.checksums.check_read(read, "on the device", pages)

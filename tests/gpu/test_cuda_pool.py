@@ -46,7 +46,7 @@ def scribble(pool: PagePool) -> None:
     pages = pool.free.take(pool.free.num_free)
     for page in pages:
         pool.identity(torch.uint8)[page * PAGE : (page + 1) * PAGE] = 0xAB
-    pool.synchronize()
+    torch.cuda.synchronize()
     pool.free.give(pages)
 
 

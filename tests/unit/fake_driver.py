@@ -195,9 +195,6 @@ class FakeDriver:
                 ctypes.memmove(*self._queued.pop(0))
         return ()
 
-    def _cuCtxSynchronize(self) -> tuple[()]:  # noqa: N802
-        return self._cuStreamSynchronize(0)
-
     def _cuStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[()]:  # noqa: N802
         _check(flags == 0)
         # Waiting for an event that nobody recorded is silently no wait at all: never do it.

@@ -34,14 +34,6 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     bench.pool.close()
 
 
-@pytest.fixture
-def strict(tmp_path: Path) -> Iterator[Bench]:
-    """Every page is checked."""
-    bench = Bench(tmp_path, "all")
-    yield bench
-    bench.pool.close()
-
-
 # -- requests while a model arrives ------------------------------------------------------
 
 

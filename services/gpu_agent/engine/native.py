@@ -30,7 +30,7 @@ from services.gpu_agent.engine.library import (
     failed,
     not_registered,
 )
-from services.gpu_agent.hosted import HostedModel
+from services.gpu_agent.hosted import HostedModel, never, nothing
 from services.gpu_agent.ipc import (
     Arriving,
     Broke,
@@ -51,14 +51,6 @@ from services.gpu_agent.pages import OutOfPages, PagePool
 ARRIVING_CHUNK_TOKENS: Final = 4096
 
 
-def _never() -> bool:
-    return False
-
-
-def _nothing() -> None:
-    pass
-
-
 class NativeEngine(Library):
     """See the module's text.
 
@@ -70,8 +62,8 @@ class NativeEngine(Library):
         self,
         pool: PagePool,
         options: EngineOptions | None = None,
-        interrupted: Callable[[], bool] = _never,
-        on_swap_in_over: Callable[[], None] = _nothing,
+        interrupted: Callable[[], bool] = never,
+        on_swap_in_over: Callable[[], None] = nothing,
     ) -> None:
         super().__init__(pool, options or EngineOptions())
         self._interrupted = interrupted
@@ -247,13 +239,12 @@ class NativeEngine(Library):
         """
         busy = [model for model in self._turn if self._batches[model].num_requests]
         here = [model for model in busy if self._models[model].state == "resident"]
-        for model in here or busy:
-            self._turn.remove(model)
-            self._turn.append(model)
-            if here:
-                return self._settle(self._batches[model].step())
-            return self._step_arriving(model)
-        return []
+        if not busy:
+            return []
+        model = (here or busy)[0]
+        self._turn.remove(model)
+        self._turn.append(model)
+        return self._settle(self._batches[model].step()) if here else self._step_arriving(model)
 
     def _step_arriving(self, model: str) -> list[FromWorker]:
         """A step whose forward waits for weights. Its tokens leave after they were checked."""
