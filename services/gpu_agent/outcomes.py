@@ -164,8 +164,9 @@ class Outcomes:
     async def _swapped_in(
         self, replica: Replica, trace: SwapTrace, context: Context | None
     ) -> None:
-        # The worker may have been in the middle of a forward when the last byte came.
-        now = trace.started_at + trace.total_s
+        # The worker may have been in the middle of a forward when the last byte came. Never later
+        # than now, whatever the clocks say: who asks from now on finds the model there.
+        now = min(time.time(), trace.started_at + trace.total_s)
         replica.last_swap_in = trace
         replica.resident_since = now
         replica.awaits_first_token = True
