@@ -130,9 +130,11 @@ class Agent:
         await bus.publish(names.command_subject(GPU), command)
         await bus.flush()
 
-    async def register(self, model: str, source: str = "fake", max_batch: int = 4) -> None:
+    async def register(self, model: str, source: str = "fake", max_batch: int = 4) -> int:
         spec = self._specs[model] = ModelSpec(name=model, source=source, max_batch=max_batch)
-        await self.send(Register(GPU, model, self.epoch, next(self._generations), spec))
+        generation = next(self._generations)
+        await self.send(Register(GPU, model, self.epoch, generation, spec))
+        return generation
 
     async def load(self, model: str) -> int:
         return await self._command(Load, model)
@@ -149,21 +151,22 @@ class Agent:
         return generation
 
     async def bring_in(self, model: str, **how: Any) -> None:
-        """Register, load and swap in."""
-        await self.register(model, **how)
-        await self.events.until(ModelRegistered, model=model)
-        await self.load(model)
-        await self.events.until(ModelLoaded, model=model)
-        await self.swap_in(model)
-        await self.events.until(SwapInCompleted, model=model)
+        """Register, load and swap in; each step waits for its own command's end, never for
+        that of an earlier one."""
+        generation = await self.register(model, **how)
+        await self.events.until(ModelRegistered, model=model, generation=generation)
+        await self._load_and_swap_in(model)
 
     async def bring_back(self, model: str, after: int) -> None:
         """What a scheduler does when a new worker has registered its models."""
         await self.events.until(ModelRegistered, after, model=model)
-        await self.load(model)
-        await self.events.until(ModelLoaded, after, model=model)
-        await self.swap_in(model)
-        await self.events.until(SwapInCompleted, after, model=model)
+        await self._load_and_swap_in(model)
+
+    async def _load_and_swap_in(self, model: str) -> None:
+        generation = await self.load(model)
+        await self.events.until(ModelLoaded, model=model, generation=generation)
+        generation = await self.swap_in(model)
+        await self.events.until(SwapInCompleted, model=model, generation=generation)
 
     async def ask(
         self, name: str, text: str, model: str = "m", left_s: float = 60.0, listen: bool = True
