@@ -31,6 +31,7 @@ from services.gpu_agent.transfer import Verify
 
 SPREAD: Final = 0.02  # standard deviation of every matrix, as these models are initialised
 NUM_ROWS: Final = 8  # requests decoded together
+MAX_ROWS: Final = 32  # that a batch takes
 
 _LLAMA: Final[dict[str, Any]] = {
     "vocab_size": 128256,
@@ -138,7 +139,7 @@ class Planned:
 
 def plan(shape: Shape) -> Planned:
     """All that can be known without a device."""
-    spec = ModelSpec(shape.name, "nowhere", max_batch=NUM_ROWS, kv_tokens=shape.kv_tokens)
+    spec = ModelSpec(shape.name, "nowhere", max_batch=MAX_ROWS, kv_tokens=shape.kv_tokens)
     module = skeleton.build(shape.config, spec, shape.dtype)
     examined = probe.examine(module, shape.config, spec)
     return Planned(shape, spec, module, examined, plan_layout(examined.weights))

@@ -14,6 +14,8 @@ from bench._gpu_report import Part
 from bench._gpu_stage import Stage, prompt
 from bench._stats import Samples
 from schemas.requests import GenerateRequest, SamplingParams, TokenPrompt
+from services.gpu_agent.engine.decode_graph import Recorder
+from services.gpu_agent.engine.library import EngineOptions
 from services.gpu_agent.engine.native import NativeEngine
 from services.gpu_agent.engine.prompts import ModelText
 from services.gpu_agent.ipc import Arriving, Broke, Done, FromWorker, OpFailed, Produced, SwappedIn
@@ -29,9 +31,11 @@ class _NoText:
         return ""
 
 
-def serve(stage: Stage, models: list[MemoryModel]) -> NativeEngine:
+def serve(
+    stage: Stage, models: list[MemoryModel], recorder: Recorder | None = None
+) -> NativeEngine:
     """An engine that has these models, on the stage's pool."""
-    engine = NativeEngine(stage.pool)
+    engine = NativeEngine(stage.pool, EngineOptions(recorder=recorder))
     for model in models:
         name, vocab_size = model.spec.name, int(model.config.vocab_size)
         engine._models[name] = model
@@ -99,12 +103,14 @@ class Client:
                     case _:
                         _refuse(message)
 
-    def decode(self, model: MemoryModel, num_prompt: int, max_tokens: int) -> float:
-        """Tokens per second of a full batch, from when all rows have their first one."""
-        prompts = [prompt(model, num_prompt, seed) for seed in range(NUM_ROWS)]
+    def decode(
+        self, model: MemoryModel, num_prompt: int, max_tokens: int, rows: int = NUM_ROWS
+    ) -> float:
+        """Tokens per second of ``rows`` together, from when all of them have their first one."""
+        prompts = [prompt(model, num_prompt, seed) for seed in range(rows)]
         self.send(model.spec.name, prompts, max_tokens)
         self.finish()
-        num_timed = NUM_ROWS * (max_tokens - 1)
+        num_timed = rows * (max_tokens - 1)
         return num_timed / (time.perf_counter() - self.all_first_s)
 
 
@@ -145,7 +151,7 @@ def _switch(
 
     for number in range(-1, stage.sizes.rounds):  # the first one warms up
         client.swap_in(other.spec.name)
-        _end(client, other)
+        end(client, other)
         stage.keep_pages(0)
         stage.synchronize()
         began = time.perf_counter()
@@ -168,7 +174,7 @@ def _switch(
     part.speed(f"{label}: first token / max(copy, prefill)", ratio, at_most=FIRST_TOKEN_AT_MOST)
 
 
-def _end(client: Client, model: MemoryModel) -> None:
+def end(client: Client, model: MemoryModel) -> None:
     """Have a swap-in end by a request of one token."""
     client.send(model.spec.name, [prompt(model, 1)], 1)
     client.finish()
@@ -189,10 +195,10 @@ def decoding(stage: Stage, part: Part, *names: str) -> None:
         known = list(client.tokens.values())
         client.swap_out(model.spec.name)
         client.swap_in(other.spec.name)
-        _end(client, other)
+        end(client, other)
         client.swap_out(other.spec.name)
         client.swap_in(model.spec.name)
-        _end(client, model)
+        end(client, model)
         after.append(client.decode(model, num_prompt, num_tokens))
         same += list(client.tokens.values()) == known
     client.swap_out(model.spec.name)

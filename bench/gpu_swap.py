@@ -14,7 +14,8 @@ Seconds that a part may take on an H100 with a PCIe 5 link (55 GB/s: Llama is co
     switch         25   2 models x 2 lengths x 6    partial         15   keeping takes a swap each
     graph          60   100 rounds of two swaps     call-off        10
     decode         25   7 batches of 64 steps       pages           20   a pool per size: 3
-    arrival        25   30 random swaps             read-only       15
+    floor          45   28 batches of 64 steps      read-only       15
+    arrival        25   30 random swaps
 
 ``--dry-run`` does the same on the CPU with tiny shapes in seconds: what holds on any device is
 promised there too, rates are only shown.
@@ -35,7 +36,15 @@ from typing import Any, Final, TypeAlias
 
 import msgspec
 
-from bench import _gpu_copying, _gpu_driver, _gpu_environment, _gpu_exact, _gpu_serving, _machine
+from bench import (
+    _gpu_copying,
+    _gpu_decoding,
+    _gpu_driver,
+    _gpu_environment,
+    _gpu_exact,
+    _gpu_serving,
+    _machine,
+)
 from bench._gpu_report import Part, Report
 from bench._gpu_stage import DRY, OpenPool, Sizes, Stage
 from services.gpu_agent.device import open_pool, why_no_cuda
@@ -60,6 +69,7 @@ PARTS: Final[dict[str, Work]] = {
     "switch": _with(_gpu_serving.switches, _NEAR),
     "graph": _with(_gpu_exact.graphs, _NEAR),
     "decode": _with(_gpu_serving.decoding, _NEAR),
+    "floor": _with(_gpu_decoding.floors, _NEAR),
     "arrival": _with(_gpu_exact.arrivals, _NEAR),
     "partial": _with(_gpu_copying.partial, _NEAR),
     "call-off": _with(_gpu_copying.call_off, _NEAR),

@@ -25,19 +25,17 @@ from schemas.state import ModelSpec
 from services.gpu_agent import device_cpu
 from services.gpu_agent.device import open_pool
 from services.gpu_agent.worker import freeze_imports
-from services.memcpy import with_streaming_copies
+from services.memcpy import with_tuned_memory
 
 BUDGET_MODELS = 1.5
 
 
 def main(argv: list[str]) -> int:
     """Run the benchmark. Returns its exit status."""
-    if with_streaming_copies(os.environ) != os.environ:
+    if with_tuned_memory(os.environ) != os.environ:
         # As the engine worker has it, and read only when a process starts.
         command = [sys.executable, "-m", "bench.swap", *argv]
-        return subprocess.run(
-            command, env=with_streaming_copies(os.environ), check=False
-        ).returncode
+        return subprocess.run(command, env=with_tuned_memory(os.environ), check=False).returncode
     freeze_imports()
     bench = Bench("swap", "registering, loading and swapping models", argv)
     starts = _swapping.starts(bench)

@@ -4,8 +4,8 @@ This package imports msgspec and nothing else of ours, so any service, test or t
 read the wire without starting a service. One file per direction:
 
     names       model names as subject tokens, and every subject in one place
-    requests    api -> agent: what to generate
-    stream      agent -> api: tokens, and exactly one terminal chunk
+    requests    api -> agent: what to generate or embed
+    stream      agent -> api: tokens or vectors, and exactly one terminal chunk
     commands    scheduler -> agent, imperative
     events      what happened, past tense
     state       heartbeats and KV records

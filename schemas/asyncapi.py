@@ -76,7 +76,7 @@ CHANNELS = (
         _template(names.request_subject("batch", "MODEL").replace("batch", "CLASS")),
         f"Work queue of a model (stream {names.STREAM_REQUESTS}). Agents that hold the model pull "
         "as many as their batch has free slots; the message is acknowledged when its request ends.",
-        (requests.GenerateRequest,),
+        get_args(requests.Request),
     ),
     Channel(
         "demand",
@@ -94,7 +94,7 @@ CHANNELS = (
         "reply",
         None,
         "Core NATS. One subject per request, named in the request's `reply_to`: "
-        "Started, Tokens*, then exactly one of Finished and Failed.",
+        "Started, Tokens* or Vectors*, then exactly one of Finished and Failed.",
         get_args(stream.Chunk),
     ),
     Channel(
@@ -244,9 +244,10 @@ def _messages() -> Json:
         "headers": _headers("The request's id."),
         "payload": {"type": "string", "maxLength": 0},
     }
-    docs[requests.GenerateRequest.__name__]["headers"] = _headers(
-        "The request's id: the queue drops a second message with the same one."
-    )
+    for request in get_args(requests.Request):
+        docs[request.__name__]["headers"] = _headers(
+            "The request's id: the queue drops a second message with the same one."
+        )
     return dict(sorted(docs.items()))
 
 

@@ -49,6 +49,10 @@ class SwapOut(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.swap_out"):
     """Stop pulling, let what is in flight end, drop the device memory.
 
     During a swap-in that nobody waits for any more, it calls the swap-in off.
+
+    With ``preempt`` nothing is waited for: what is in flight is suspended, and goes on after the
+    next SwapIn on this GPU. A model whose settings say ``preemption = "drain"`` is drained all
+    the same. During a drain it cuts the drain short.
     """
 
     gpu: str
@@ -56,6 +60,7 @@ class SwapOut(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.swap_out"):
     epoch: int
     generation: int
     request_id: str = ""
+    preempt: bool = False  # suspend its requests at their next token, rather than wait for them
 
 
 Command: TypeAlias = Register | Load | SwapIn | SwapOut

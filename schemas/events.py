@@ -110,6 +110,7 @@ class SwapOutCompleted(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.swap_o
     generation: int
     at: float
     trace: SwapTrace
+    num_suspended: int = 0  # requests that wait at this agent for the model's next swap-in
 
 
 class VerificationFailed(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.verification_failed"):

@@ -4,7 +4,7 @@ The request carries its own reply subject: tokens come back there over core NATS
 the queue's acknowledgement stays between the agent and JetStream.
 """
 
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -32,6 +32,8 @@ class TokenPrompt(msgspec.Struct, frozen=True, tag="tokens"):
 
 
 Prompt: TypeAlias = ChatPrompt | TextPrompt | TokenPrompt
+# Plain values, so that a queued request is no longer than the HTTP body it came in.
+EmbedInput: TypeAlias = str | tuple[int, ...]  # text, or token ids
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -43,12 +45,35 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
 
     seed: int
     max_tokens: int | None = None  # None: up to the model's context length
-    min_tokens: int = 0
+    min_tokens: int = 0  # until then neither end-of-sequence nor stop_token_ids are chosen
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: off
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    min_p: float = 0.0  # least probability, as a part of the likeliest token's; 0: off
+    presence_penalty: float = 0.0  # taken from the logit of every token generated so far
+    frequency_penalty: float = 0.0  # likewise, once for each time it was generated
+    repetition_penalty: float = 1.0  # logits of prompt and generated tokens are divided by it
+    stop_token_ids: tuple[int, ...] = ()  # end the completion, also with ignore_eos
+    logit_bias: dict[int, float] = {}  # token id -> added to its logit
+    logprobs: int | None = None  # how many alternatives to tell; 0: of the chosen token only
+
+
+MAX_LOGPROBS: Final = 20
+
+# What a value must lie in, both ends included. The api refuses others by name; the agent checks
+# again, since what comes over the bus may be from anybody.
+SAMPLING_RANGES: Final[dict[str, tuple[float, float]]] = {
+    "temperature": (0, 2),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (0.01, 100),
+    "logprobs": (0, MAX_LOGPROBS),
+}
+LOGIT_BIAS_RANGE: Final = (-100, 100)
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, tag="hotswap.request.v1.generate"):
@@ -60,6 +85,25 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag="hotswap.request.v1.gener
     reply_to: str  # core NATS subject for `schemas.stream` chunks
     created_at: float  # unix seconds, when the api admitted it
     deadline_at: float  # unix seconds; after this nobody waits for the answer
+
+
+class EmbedRequest(msgspec.Struct, frozen=True, tag="hotswap.request.v1.embed"):
+    """One vector for each of ``inputs``, by a model whose runner is "embed".
+
+    The same queue and the same ends as GenerateRequest.
+    """
+
+    request_id: str
+    model: str
+    klass: RequestClass
+    inputs: tuple[EmbedInput, ...]
+    reply_to: str  # core NATS subject for `schemas.stream` chunks
+    created_at: float  # unix seconds, when the api admitted it
+    deadline_at: float  # unix seconds; after this nobody waits for the answer
+    dimensions: int | None = None  # None: all; fewer are the first ones, normalised again
+
+
+Request: TypeAlias = GenerateRequest | EmbedRequest
 
 
 class VerifyRequest(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.verify"):

@@ -8,6 +8,11 @@ ReplicaState: TypeAlias = Literal[
     "cold", "loading", "host", "swapping_in", "resident", "draining", "swapping_out", "failed"
 ]
 DType: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+# What a model is for: it continues text, or turns text into vectors.
+Runner: TypeAlias = Literal["generate", "embed"]
+# What becomes of running requests when another model needs the memory: their KV is kept in host
+# memory, or computed anew from their tokens, or they are never interrupted.
+Preemption: TypeAlias = Literal["preserve", "recompute", "drain"]
 
 
 class ModelSpec(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -21,6 +26,8 @@ class ModelSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     kv_tokens: int | None = None  # KV reserve of a replica; None: one full context
     preload: bool = True  # fill the host image before the first request
     trust_remote_code: bool = False
+    runner: Literal["auto", "generate", "embed"] = "auto"  # auto: as the files say
+    preemption: Preemption = "preserve"
 
 
 class ModelFacts(msgspec.Struct, frozen=True):
@@ -33,6 +40,8 @@ class ModelFacts(msgspec.Struct, frozen=True):
     kv_bytes: int  # KV reserve while resident
     max_model_len: int
     max_batch: int
+    runner: Runner = "generate"
+    dimensions: int = 0  # of an embedding; 0: it generates
 
     @property
     def footprint_bytes(self) -> int:
@@ -63,6 +72,9 @@ class SwapTrace(msgspec.Struct, frozen=True):
     for it, ``drain_s`` until the swap-in began (victims had to leave), then ``map_s``, then
     ``copy_s``, group by group. ``first_layer_s``: from its begin until the first group that
     computes (after the embeddings) had arrived.
+
+    A swap-out that preempts: ``suspend_s`` until the KV of running requests was in host memory,
+    ``kv_bytes`` of it copied in that time (the rest had been written behind).
     """
 
     started_at: float
@@ -78,6 +90,8 @@ class SwapTrace(msgspec.Struct, frozen=True):
     kept_bytes: int = 0  # still on the device from last time, not copied
     ceiling_gb_per_s: float = 0.0  # raw copy into the same memory, measured at agent start
     link: PcieLink | None = None
+    suspend_s: float = 0.0
+    kv_bytes: int = 0
 
     @property
     def gb_per_s(self) -> float:
@@ -91,6 +105,10 @@ class SwapTrace(msgspec.Struct, frozen=True):
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True):
+    """``in_flight``: requests that the agent has taken and not ended. Those of a replica in state
+    ``host`` are suspended: they wait there for its next swap-in, and only this GPU can go on.
+    """
+
     model: str
     state: ReplicaState
     generation: int

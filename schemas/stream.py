@@ -1,10 +1,11 @@
 """agent -> api: the answer to one request, as chunks on its reply subject.
 
-    Started  Tokens*  ( Finished | Failed )        Failed may also come first
+    Started  ( Tokens* | Vectors* )  ( Finished | Failed )        Failed may also come first
 
 ``attempt`` counts deliveries of the request. A second attempt starts again from token
 0 with the same seed; ``index`` is the position of a chunk's first token, so whoever has
 already sent k tokens skips those below k and the client sees one unbroken stream.
+Vectors answer an EmbedRequest: those of a later attempt replace those of an earlier one.
 """
 
 from typing import Literal, TypeAlias
@@ -18,11 +19,17 @@ StartKind: TypeAlias = Literal["warm", "switch", "cold"]
 ErrorCode: TypeAlias = Literal[
     "context_length_exceeded",
     "invalid_prompt",
+    "model_not_supported",  # it embeds and was asked to generate, or the reverse
     "model_unavailable",
     "engine_failed",
     "deadline_exceeded",
     "cancelled",
 ]
+
+
+# In base64, and with all else, a chunk of this size stays below 1 MB, what a NATS server allows
+# unless configured otherwise.
+VECTORS_BYTES = 512 * 1024
 
 
 class RequestTiming(msgspec.Struct, frozen=True):
@@ -41,12 +48,47 @@ class Started(msgspec.Struct, frozen=True, tag="hotswap.stream.v1.started"):
     swap: SwapTrace | None = None  # the swap-in this request waited for, if any
 
 
-class Tokens(msgspec.Struct, frozen=True, tag="hotswap.stream.v1.tokens"):
+class TokenLogprob(msgspec.Struct, frozen=True, omit_defaults=True):
+    r"""One token and the natural logarithm of its probability, -9999 or more.
+
+    ``text`` is the token's own, special tokens included. Where its bytes are no whole characters
+    they are in ``raw``, and ``text`` shows them as \xNN.
+    """
+
+    token_id: int
+    logprob: float
+    text: str
+    raw: bytes = b""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A chosen token, and the likeliest tokens in its place.
+
+    Of the model's own distribution: before penalties, biases, temperature and filters.
+    """
+
+    chosen: TokenLogprob
+    offset: int  # characters of the completion before this token
+    top: tuple[TokenLogprob, ...] = ()  # likeliest first
+
+
+class Tokens(msgspec.Struct, frozen=True, omit_defaults=True, tag="hotswap.stream.v1.tokens"):
     request_id: str
     attempt: int
     index: int  # position of token_ids[0] in the completion
     token_ids: tuple[int, ...]
     text: str  # what these tokens add; never half a UTF-8 character
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of each of token_ids, where the request asks
+
+
+class Vectors(msgspec.Struct, frozen=True, tag="hotswap.stream.v1.vectors"):
+    """Embeddings of consecutive inputs, at most VECTORS_BYTES of them in one chunk."""
+
+    request_id: str
+    attempt: int
+    index: int  # position of the first one's input in the request
+    dimensions: int  # of each vector
+    data: bytes  # vector after vector, little-endian float32
 
 
 class Finished(msgspec.Struct, frozen=True, tag="hotswap.stream.v1.finished"):
@@ -66,4 +108,4 @@ class Failed(msgspec.Struct, frozen=True, tag="hotswap.stream.v1.failed"):
     message: str
 
 
-Chunk: TypeAlias = Started | Tokens | Finished | Failed
+Chunk: TypeAlias = Started | Tokens | Vectors | Finished | Failed

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 import tomli_w
 
-from schemas.state import DType, ModelSpec
+from schemas.state import DType, ModelSpec, Preemption
 
 T = TypeVar("T")
 
@@ -98,14 +98,16 @@ class GpuSettings(_Section, frozen=True):
     page: str = "auto"
     threads: int = 0  # compute threads on CPU; 0: all cores
     host_memory: str = "auto"  # budget for host images; auto: 70 % of what is free at start
+    host_kv_memory: str = "auto"  # for KV of suspended requests and known prompts; auto: 10 %
     share_images: bool = False  # one copy of each host image for all agents of this machine
     verify: Literal["sampled", "all", "off"] = "sampled"  # pages checked at each swap-in
+    cuda_graphs: bool = True  # CUDA: record decode steps and replay them
     link_gb_per_s: float = 0.0  # CPU only: swap in no faster than this; 0: as fast as it goes
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             raise ValueError(f"name = {self.name!r} may hold letters, digits, - and _ only")
-        for key in ("memory", "page", "host_memory"):
+        for key in ("memory", "page", "host_memory", "host_kv_memory"):
             if getattr(self, key) != "auto":
                 parse_bytes(getattr(self, key))
         for key in ("index", "threads", "link_gb_per_s"):
@@ -114,7 +116,7 @@ class GpuSettings(_Section, frozen=True):
 
 
 class SchedulerSettings(_Section, frozen=True):
-    run_quantum_s: float = 1.0  # a busy model is drained for a waiting one no sooner than this
+    run_quantum_s: float = 1.0  # a busy model gives way to a waiting one no sooner than this
     lease_ttl_s: int = 2  # a dead scheduler's successor waits this long at most
     reconcile_s: float = 1.0
     retry_failed_s: float = 10.0  # first retry of a model that failed; doubles up to 5 minutes
@@ -146,6 +148,8 @@ class ModelSettings(_Section, frozen=True):
     kv_tokens: int | None = None
     preload: bool = True
     trust_remote_code: bool = False
+    runner: Literal["auto", "generate", "embed"] = "auto"
+    preemption: Preemption = "preserve"  # of its running requests, for another model's
 
     def __post_init__(self) -> None:
         if not self.source:

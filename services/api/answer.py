@@ -13,7 +13,17 @@ index is a function of the tokens before it, so the places where chunks met (``_
 valid for every run.
 """
 
-from schemas.stream import Finished, Tokens
+from dataclasses import dataclass
+
+from schemas.stream import Finished, TokenLogprobs, Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What the client gets of one chunk. ``logprobs``: one per new token, where it asks."""
+
+    text: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Diverged(Exception):
@@ -21,7 +31,7 @@ class Diverged(Exception):
 
 
 class Answer:
-    """Pure bookkeeping: chunks in, new text out."""
+    """Pure bookkeeping: chunks in, what is new in them out."""
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
@@ -40,8 +50,8 @@ class Answer:
         """A restarted server counts deliveries from 1 again."""
         self._attempts.pop(run, None)
 
-    def add(self, chunk: Tokens) -> str | None:
-        """The text that ``chunk`` adds; None where it adds nothing. Raises Diverged.
+    def add(self, chunk: Tokens) -> Piece | None:
+        """What ``chunk`` adds; None where it adds nothing. Raises Diverged.
 
         A chunk that begins beyond what is known (one before it was lost) adds nothing: a
         later run, or `missing` at the end, makes up for it.
@@ -64,7 +74,7 @@ class Answer:
         self.token_ids.extend(fresh)
         self._append(text)
         self._char_at.setdefault(index + len(chunk.token_ids), start + len(chunk.text))
-        return text if fresh or text else None
+        return Piece(text, chunk.logprobs[len(overlap) :]) if fresh or text else None
 
     def missing(self, chunk: Finished) -> int:
         """How many tokens of a finished run never arrived."""

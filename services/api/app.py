@@ -13,6 +13,7 @@ from opentelemetry import trace
 
 from services.api import errors, openapi
 from services.api.catalog import Catalog
+from services.api.embeddings import parse_embeddings, respond_embeddings
 from services.api.errors import ApiError
 from services.api.openai import ModelList
 from services.api.parsing import Parsed, parse_chat, parse_completion
@@ -35,6 +36,7 @@ def build(bus: Bus, catalog: Catalog, relay: Relay, max_body_bytes: int) -> ASGI
         route_handlers=[
             chat_completions,
             completions,
+            embeddings,
             list_models,
             get_model,
             healthz,
@@ -64,6 +66,19 @@ async def chat_completions(request: HttpRequest, state: State) -> ASGIApp:
 async def completions(request: HttpRequest, state: State) -> ASGIApp:
     """Continue a text, streamed or whole."""
     return await _generate(request, state, parse_completion(await _body(request)))
+
+
+@post("/v1/embeddings", status_code=200)
+async def embeddings(request: HttpRequest, state: State) -> ASGIApp:
+    """Texts or token ids as vectors."""
+    parsed = parse_embeddings(await _body(request))
+    trace.get_current_span().set_attribute(ATTR_MODEL, parsed.model)
+    catalog: Catalog = state.catalog
+    relay: Relay = state.relay
+    catalog.require(parsed.model, "embed", parsed.dimensions or 0)
+    request_id = request_id_of(request.scope)
+    call = await relay.open_embed(request_id, parsed.model, parsed.inputs, parsed.dimensions)
+    return await respond_embeddings(parsed, call, relay, request.receive)
 
 
 async def _body(request: HttpRequest) -> bytes:

@@ -3,6 +3,8 @@
     queued ── Started ──> started ── Tokens* ──> ended: Finished, or an error, or the client left
        `──────────────────────────────────────────^
 
+Vectors of a request for embeddings come in the place of tokens.
+
 `Relay` writes into a Call; the HTTP handler reads from it. Whatever happens, `read` comes to
 an end: with [] where the answer is complete, else with ApiError or ClientLeft.
 """
@@ -14,10 +16,11 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-from schemas.requests import GenerateRequest
+from schemas.requests import EmbedRequest, Request
 from schemas.stream import Finished, Started
-from services.api.answer import Answer
+from services.api.answer import Answer, Piece
 from services.api.errors import ApiError, slow_reader
+from services.api.vectors import VectorAnswer
 from services.bus import BusError
 
 log = logging.getLogger(__name__)
@@ -32,17 +35,19 @@ class ClientLeft(Exception):
 class Call:
     """One open request. Only `Relay` calls the methods that change it."""
 
-    def __init__(self, request: GenerateRequest) -> None:
+    def __init__(self, request: Request) -> None:
         self.request = request
         self.started: Started | None = None
         self.finished: Finished | None = None
         self.answer = Answer()
+        # Of a request for embeddings: they come as one, there is nothing to `read` before the end.
+        self.vectors = VectorAnswer(request) if isinstance(request, EmbedRequest) else None
         # Each time the request was given to the queue, its id there -> stream sequence.
         self.runs: dict[str, int | None] = {}
         self.context = contextvars.copy_context()  # later runs belong to the same trace
         self.timer: asyncio.TimerHandle | None = None
         self._cause: Exception | None = None
-        self._texts: list[str] = []
+        self._pieces: list[Piece] = []
         self._buffered_tokens = 0
         self._news = asyncio.Event()
 
@@ -73,9 +78,9 @@ class Call:
 
     # -- the relay's side ------------------------------------------------------------------
 
-    def push(self, text: str, num_tokens: int) -> ApiError | None:
-        """Add text for the reader. An error where it is too far behind."""
-        self._texts.append(text)
+    def push(self, piece: Piece, num_tokens: int) -> ApiError | None:
+        """Add a piece for the reader. An error where it is too far behind."""
+        self._pieces.append(piece)
         self._buffered_tokens += num_tokens
         self._news.set()
         if self._buffered_tokens > MAX_BUFFERED_TOKENS:
@@ -95,19 +100,19 @@ class Call:
 
     # -- the HTTP side ---------------------------------------------------------------------
 
-    async def read(self) -> list[str]:
-        """The texts that came since the last call, one per chunk; [] once the answer is complete.
+    async def read(self) -> list[Piece]:
+        """The pieces that came since the last call; [] once the answer is complete.
 
         Waits until there is something. Raises ApiError or ClientLeft where the request ended so.
         """
-        while not self._texts and not self.ended:
+        while not self._pieces and not self.ended:
             self._news.clear()
             await self._news.wait()
         if isinstance(self._cause, ClientLeft):
             raise self._cause
-        if self._texts:
-            texts, self._texts, self._buffered_tokens = self._texts, [], 0
-            return texts
+        if self._pieces:
+            pieces, self._pieces, self._buffered_tokens = self._pieces, [], 0
+            return pieces
         if self._cause:
             raise self._cause
         return []

@@ -10,7 +10,13 @@ from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar, get_args
 
 from schemas import names
-from schemas.state import DeploymentRecord, LeaseRecord, ReplicaState, ResidencyRecord
+from schemas.state import (
+    DeploymentRecord,
+    LeaseRecord,
+    ReplicaState,
+    ResidencyRecord,
+    Runner,
+)
 from services.api import errors
 from services.api.openai import HotswapInfo, Model
 from services.bus import Bucket, Bus, Entry
@@ -96,14 +102,24 @@ class Catalog:
             if isinstance(waiting := undo(), Awaitable):
                 await waiting
 
-    def require(self, model: str) -> None:
-        """Raise ApiError unless requests for ``model`` can be queued."""
+    def require(self, model: str, runner: Runner = "generate", dimensions: int = 0) -> None:
+        """Raise ApiError unless such requests for ``model`` can be queued.
+
+        What no agent has looked at yet may pass; the engine refuses it then. ``dimensions``: that
+        vectors must have at least.
+        """
         record = self._deployments.values.get(names.escape(model)) if model else None
         if record is None:
             existing = sorted(one.spec.name for one in self._deployments.values.values())
             raise errors.model_not_found(model, existing)
         if record.status == "failed":
             raise errors.model_unavailable(model, record.reason)
+        known = record.facts.runner if record.facts else record.spec.runner
+        if known not in ("auto", runner):
+            raise errors.model_not_supported(model, "embed" if known == "embed" else "generate")
+        if record.facts and dimensions > record.facts.dimensions:
+            words = f"dimensions = {dimensions}: vectors of model {model!r} have "
+            raise errors.invalid("dimensions", f"{words}{record.facts.dimensions}.")
 
     def models(self) -> list[Model]:
         """All deployments, by name."""

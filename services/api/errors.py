@@ -4,7 +4,8 @@
 
 | status | code                                                 | when                            |
 | 400    | invalid_json, invalid_type, invalid_value,           | the request itself is wrong     |
-|        | unsupported_parameter, context_length_exceeded, ...  |                                 |
+|        | unsupported_parameter, context_length_exceeded,       |                                 |
+|        | model_not_supported, ...                             |                                 |
 | 404    | model_not_found, unknown_url                         |                                 |
 | 413    | request_too_large                                    |                                 |
 | 429    | queue_full                                           | with Retry-After                |
@@ -23,6 +24,7 @@ from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.types import ExceptionHandlersMap
 
+from schemas.state import Runner
 from schemas.stream import ErrorCode
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ _SERVER = "server_error"
 _STATUS_OF_FAILURE: dict[ErrorCode, int] = {
     "context_length_exceeded": 400,
     "invalid_prompt": 400,
+    "model_not_supported": 400,
     "model_unavailable": 503,
     "engine_failed": 500,
     "deadline_exceeded": 504,
@@ -99,6 +102,17 @@ def model_not_found(model: str, existing: Sequence[str]) -> ApiError:
     return ApiError(404, "model_not_found", message, param="model")
 
 
+def model_not_supported(model: str, runner: Runner) -> ApiError:
+    """``runner``: what the model is for."""
+    message = f"The model {model!r} makes embeddings and generates no text: use /v1/embeddings."
+    if runner == "generate":
+        message = (
+            f"The model {model!r} generates text and makes no embeddings: use /v1/chat/completions "
+            'or /v1/completions, or deploy it with runner = "embed".'
+        )
+    return ApiError(400, "model_not_supported", message, param="model")
+
+
 def model_unavailable(model: str, reason: str) -> ApiError:
     message = f"The model {model!r} can not be served: {reason or 'no reason given'}"
     return ApiError(503, "model_unavailable", message, retry_after_s=RETRY_AFTER_S * 5)
@@ -139,6 +153,8 @@ def from_failure(code: ErrorCode, message: str, prompt_param: str) -> ApiError:
     """An agent's ``Failed`` chunk as an error. ``prompt_param``: the field with the prompt."""
     status = _STATUS_OF_FAILURE[code]
     param = prompt_param if status == 400 else None
+    if code == "model_not_supported":
+        param = "model"
     retry_after_s = RETRY_AFTER_S if status == 503 else None
     return ApiError(status, code, message, param=param, retry_after_s=retry_after_s)
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from services.api.errors import ApiError
 
-Endpoint: TypeAlias = Literal["chat", "completion"]
+Endpoint: TypeAlias = Literal["chat", "completion", "embedding"]
 
 IGNORED_HEADER = "x-hotswap-ignored-fields"
 _MAX_NAMED = 20
@@ -35,16 +35,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
     "store": (False,),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
     # vLLM's extensions
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "min_p": (0,),
     "use_beam_search": (False,),
     "early_stopping": (False,),
-    "stop_token_ids": ([],),
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True, False),
@@ -72,8 +66,6 @@ _NEUTRAL_OF: dict[Endpoint, dict[str, tuple[Any, ...]]] = {
         "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "logprobs": (False,),
-        "top_logprobs": (0,),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
@@ -91,11 +83,16 @@ _NEUTRAL_OF: dict[Endpoint, dict[str, tuple[Any, ...]]] = {
     },
     "completion": _NEUTRAL
     | {
-        "logprobs": (False,),
         "echo": (False,),
         "suffix": ("",),
         "add_special_tokens": (True,),
         "prompt_embeds": (),
+    },
+    # vLLM's extensions
+    "embedding": {
+        "add_special_tokens": (True,),
+        "truncate_prompt_tokens": (),
+        "priority": (0,),
     },
 }
 
@@ -141,5 +138,5 @@ def show(value: Any) -> str:
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    # In Python 0 == False: `"logprobs": 0` does ask for log probabilities.
+    # In Python 0 == False and 1 == True; a client that mixes them up asks for something else.
     return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)

@@ -55,6 +55,12 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[int] | None = None
+    logit_bias: dict[str, float] | None = None  # token id, as JSON keys are, -> bias
 
 
 class ChatCompletionRequest(SamplingFields, kw_only=True):
@@ -62,12 +68,24 @@ class ChatCompletionRequest(SamplingFields, kw_only=True):
 
     messages: list[Message]
     max_completion_tokens: int | None = None  # the newer name of max_tokens; wins over it
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
 
 
 class CompletionRequest(SamplingFields, kw_only=True):
     """``POST /v1/completions``. ``prompt``: text, token ids, or a list with one of these."""
 
     prompt: str | list[str | int | list[int]]
+    logprobs: bool | int | None = None  # how many alternatives; of the booleans false only
+
+
+class EmbeddingRequest(msgspec.Struct):
+    """``POST /v1/embeddings``. ``input``: text, token ids, or a list of either kind."""
+
+    model: str
+    input: str | list[str | int | list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None  # the first so many of each vector, normalised again
 
 
 # -- responses -----------------------------------------------------------------------------
@@ -77,6 +95,37 @@ class Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+
+
+class TopLogprob(msgspec.Struct):
+    """A token that could have come. ``bytes`` of one token may be part of a character only."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct):
+    """One entry for each generated token, the one that ended the answer included."""
+
+    content: list[ChatLogprob]
+    refusal: None = None
+
+
+class TextLogprobs(msgspec.Struct):
+    """Four lists with one entry for each generated token.
+
+    ``top_logprobs`` hold the chosen token too, even where it is not among the likeliest.
+    """
+
+    text_offset: list[int]
+    token_logprobs: list[float]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float]]
 
 
 class AnswerMessage(msgspec.Struct):
@@ -89,7 +138,7 @@ class ChatChoice(msgspec.Struct):
     message: AnswerMessage
     finish_reason: WireFinishReason
     index: int = 0
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatCompletion(msgspec.Struct):
@@ -105,7 +154,7 @@ class TextChoice(msgspec.Struct):
     text: str
     finish_reason: WireFinishReason | None = None
     index: int = 0
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
 
 
 class Completion(msgspec.Struct):
@@ -128,7 +177,7 @@ class ChatChunkChoice(msgspec.Struct):
     delta: Delta
     finish_reason: WireFinishReason | None = None
     index: int = 0
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatCompletionChunk(msgspec.Struct):
@@ -140,6 +189,28 @@ class ChatCompletionChunk(msgspec.Struct):
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+
+
+class Embedding(msgspec.Struct):
+    """The vector of one input: numbers, or little-endian float32 in base64."""
+
+    index: int
+    embedding: list[float] | str
+    object: Literal["embedding"] = "embedding"
+
+
+class EmbeddingUsage(msgspec.Struct):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(msgspec.Struct):
+    """One vector per input, in their order."""
+
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+    object: Literal["list"] = "list"
 
 
 class HotswapInfo(msgspec.Struct):

@@ -68,6 +68,15 @@ def build() -> Json:
                     openai.Completion,
                 )
             },
+            "/v1/embeddings": {
+                "post": _answer(
+                    "embeddings",
+                    "Texts or token ids as vectors",
+                    openai.EmbeddingRequest,
+                    "The answer.",
+                    {"application/json": _of(openai.EmbeddingList)},
+                )
+            },
             "/v1/models": {
                 "get": _get("list_models", "Every deployment, with where it is", openai.ModelList)
             },
@@ -108,21 +117,29 @@ def _generate(
     chunk: type[msgspec.Struct],
 ) -> Json:
     events = f"Server-sent events, each `data:` one {chunk.__name__}; the last is `data: [DONE]`."
+    content = {
+        "application/json": _of(answer),
+        "text/event-stream": {"schema": {"type": "string", "description": events}},
+    }
+    return _answer(operation, summary, request, f"The answer. With `stream`: {events}", content)
+
+
+def _answer(
+    operation: str, summary: str, request: type[msgspec.Struct], words: str, content: Json
+) -> Json:
+    """A POST that a model answers."""
     return {
         "operationId": operation,
         "summary": summary,
         "requestBody": {"required": True, "content": {"application/json": _of(request)}},
         "responses": {
             "200": {
-                "description": f"The answer. With `stream`: {events}",
+                "description": words,
                 "headers": {
                     name: {"description": words, "schema": {"type": "string"}}
                     for name, words in _ANSWER_HEADERS.items()
                 },
-                "content": {
-                    "application/json": _of(answer),
-                    "text/event-stream": {"schema": {"type": "string", "description": events}},
-                },
+                "content": content,
             },
             **_errors(*_ERRORS),
         },
@@ -177,6 +194,8 @@ def _schemas() -> Json:
         openai.ChatCompletionChunk,
         openai.CompletionRequest,
         openai.Completion,
+        openai.EmbeddingRequest,
+        openai.EmbeddingList,
         openai.ModelList,
         ErrorBody,
     )
@@ -185,6 +204,7 @@ def _schemas() -> Json:
         schemas[kind.__name__]["description"] = inspect.cleandoc(kind.__doc__ or "")
     _add_known_fields(schemas["ChatCompletionRequest"], "chat")
     _add_known_fields(schemas["CompletionRequest"], "completion")
+    _add_known_fields(schemas["EmbeddingRequest"], "embedding")
     return dict(sorted(schemas.items()))
 
 

@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 import msgspec
 
 from schemas.requests import (
+    LOGIT_BIAS_RANGE,
+    MAX_LOGPROBS,
+    SAMPLING_RANGES,
     ChatMessage,
     ChatPrompt,
     Prompt,
@@ -34,6 +37,7 @@ MAX_STOPS = 4
 _SEED_BITS = (1 << 63) - 1
 _MIN_SEED, _MAX_SEED = -(1 << 63), (1 << 63) - 1
 _MAX_COUNT = (1 << 31) - 1  # more tokens than any model holds
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")  # as a JSON key
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,9 @@ class Parsed:
 
 def parse_chat(body: bytes) -> Parsed:
     """The body of ``POST /v1/chat/completions``. Raises ApiError (400)."""
-    raw = _json_object(body)
+    raw = json_object(body)
     fields.refuse_unsupported(raw, "chat")
-    request = _convert(raw, ChatCompletionRequest)
+    request = convert(raw, ChatCompletionRequest)
     if not request.messages:
         raise invalid("messages", "messages = [] must hold at least one message.")
     messages = tuple(_message(i, message) for i, message in enumerate(request.messages))
@@ -63,9 +67,9 @@ def parse_chat(body: bytes) -> Parsed:
 
 def parse_completion(body: bytes) -> Parsed:
     """The body of ``POST /v1/completions``. Raises ApiError (400)."""
-    raw = _json_object(body)
+    raw = json_object(body)
     fields.refuse_unsupported(raw, "completion")
-    request = _convert(raw, CompletionRequest)
+    request = convert(raw, CompletionRequest)
     max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
     prompt = _prompt(request.prompt)
     return _parsed("completion", request, raw, prompt, "max_tokens", max_tokens)
@@ -103,7 +107,8 @@ def _parsed(
 # -- bytes to typed structs ----------------------------------------------------------------
 
 
-def _json_object(body: bytes) -> dict[str, Any]:
+def json_object(body: bytes) -> dict[str, Any]:
+    """``body`` as plain values. Raises ApiError (400)."""
     try:
         raw = msgspec.json.decode(body)
     except RecursionError as error:
@@ -117,7 +122,8 @@ def _json_object(body: bytes) -> dict[str, Any]:
     return raw
 
 
-def _convert(raw: dict[str, Any], kind: type[T]) -> T:
+def convert(raw: dict[str, Any], kind: type[T]) -> T:
+    """``raw`` as a wire struct. Raises ApiError (400) that names the field and its value."""
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
@@ -128,7 +134,7 @@ def _explain(error: msgspec.ValidationError, raw: dict[str, Any]) -> ApiError:
     """msgspec's words, with the field as OpenAI names it and the value that came."""
     words, _, where = str(error).partition(" - at `$")
     path = re.findall(r"\w+", where)  # ``$.messages[0].role`` -> messages, 0, role
-    param = where.strip("`.")
+    param = where.strip("`.").removesuffix("[...]")  # of a mapping, msgspec tells no key
     if missing := re.search(r"missing required field `(.+?)`", words):
         param = f"{param}.{missing[1]}" if param else missing[1]
         return invalid(param, f"{param} is required and missing.", "missing_field")
@@ -191,8 +197,8 @@ def _prompt(prompt: str | list[Any]) -> Prompt:
 def _sampling(request: SamplingFields, max_key: str, max_tokens: int | None) -> SamplingParams:
     _in_range(max_key, max_tokens, 1, _MAX_COUNT)
     _in_range("min_tokens", request.min_tokens, 0, _MAX_COUNT)
-    _in_range("temperature", request.temperature, 0, 2)
-    _in_range("top_p", request.top_p, 0, 1)
+    for key, (low, high) in SAMPLING_RANGES.items():
+        _in_range(key, getattr(request, key, None), low, high)
     _in_range("top_k", request.top_k, -1, _MAX_COUNT)
     _in_range("seed", request.seed, _MIN_SEED, _MAX_SEED)
     if request.top_p == 0:
@@ -211,7 +217,51 @@ def _sampling(request: SamplingFields, max_key: str, max_tokens: int | None) -> 
         top_k=max(request.top_k or 0, 0),  # vLLM writes "off" as -1
         stop=_stops(request.stop),
         ignore_eos=bool(request.ignore_eos),
+        min_p=request.min_p or 0.0,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        repetition_penalty=1.0
+        if request.repetition_penalty is None
+        else request.repetition_penalty,
+        stop_token_ids=_stop_token_ids(request.stop_token_ids),
+        logit_bias=_logit_bias(request.logit_bias),
+        logprobs=_logprobs(request),
     )
+
+
+def _logprobs(request: SamplingFields) -> int | None:
+    """How many alternatives to tell for each token; None: no log probabilities at all."""
+    if isinstance(request, ChatCompletionRequest):
+        _in_range("top_logprobs", request.top_logprobs, 0, MAX_LOGPROBS)
+        if request.top_logprobs and not request.logprobs:
+            words = f"top_logprobs = {request.top_logprobs} is only allowed where logprobs is true."
+            raise invalid("top_logprobs", words)
+        return (request.top_logprobs or 0) if request.logprobs else None
+    wanted = request.logprobs if isinstance(request, CompletionRequest) else None
+    if wanted is True:
+        raise invalid("logprobs", "logprobs = true must be a number here: how many alternatives.")
+    return None if wanted is False else wanted
+
+
+def _logit_bias(bias: dict[str, float] | None) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for key, value in (bias or {}).items():
+        if not _TOKEN_ID.fullmatch(key) or int(key) > _MAX_COUNT:
+            words = f"logit_bias has the key {show(key)}; its keys must be token ids, as in "
+            raise invalid("logit_bias", words + '{"50256": -100}.')
+        low, high = LOGIT_BIAS_RANGE
+        if not low <= value <= high:
+            words = f"logit_bias of token {key} = {show(value)} must be between {low} and {high}."
+            raise invalid("logit_bias", words)
+        found[int(key)] = value
+    return found
+
+
+def _stop_token_ids(ids: list[int] | None) -> tuple[int, ...]:
+    wrong = next((i for i in ids or () if not 0 <= i <= _MAX_COUNT), None)
+    if wrong is not None:
+        raise invalid("stop_token_ids", f"stop_token_ids: {wrong} is not a token id.")
+    return tuple(ids or ())
 
 
 def _stops(stop: str | list[str] | None) -> tuple[str, ...]:

@@ -30,10 +30,19 @@ import msgspec
 
 from schemas.events import RequestWithdrawn, kind_of
 from schemas.names import cancel_subject, event_subject
-from schemas.requests import CancelRequest, ChatPrompt, GenerateRequest, Prompt, SamplingParams
-from schemas.stream import Chunk, Failed, Finished, Started, Tokens
+from schemas.requests import (
+    CancelRequest,
+    ChatPrompt,
+    EmbedInput,
+    EmbedRequest,
+    GenerateRequest,
+    Prompt,
+    Request,
+    SamplingParams,
+)
+from schemas.stream import Chunk, Failed, Finished, Started, Tokens, Vectors
 from services.api import errors
-from services.api.answer import Diverged
+from services.api.answer import Diverged, Piece
 from services.api.call import Background, Call, ClientLeft
 from services.api.errors import ApiError
 from services.bus import Bus, BusError, QueueFull, WorkQueue
@@ -77,12 +86,8 @@ class Relay:
         self, request_id: str, model: str, prompt: Prompt, sampling: SamplingParams
     ) -> Call:
         """Queue a request. Raises ApiError where it can not be queued."""
-        if self._closing:
-            raise errors.shutting_down()
-        if not self._bus.is_connected:
-            raise errors.bus_unavailable()
         now = time.time()
-        call = Call(
+        return await self._open(
             GenerateRequest(
                 request_id=request_id,
                 model=model,
@@ -94,6 +99,32 @@ class Relay:
                 deadline_at=now + self._timeout_s,
             )
         )
+
+    async def open_embed(
+        self, request_id: str, model: str, inputs: tuple[EmbedInput, ...], dimensions: int | None
+    ) -> Call:
+        """Queue a request for embeddings. Raises ApiError where it can not be queued."""
+        now = time.time()
+        return await self._open(
+            EmbedRequest(
+                request_id=request_id,
+                model=model,
+                klass="interactive",
+                inputs=inputs,
+                reply_to=f"{self._bus.inbox}.r.{request_id}",
+                created_at=now,
+                deadline_at=now + self._timeout_s,
+                dimensions=dimensions,
+            )
+        )
+
+    async def _open(self, request: Request) -> Call:
+        if self._closing:
+            raise errors.shutting_down()
+        if not self._bus.is_connected:
+            raise errors.bus_unavailable()
+        request_id, model = request.request_id, request.model
+        call = Call(request)
         self._calls[request_id] = call
         self._idle.clear()
         loop = asyncio.get_running_loop()
@@ -160,7 +191,7 @@ class Relay:
             return
         if isinstance(chunk, Started) and (leaving := self._leaving.get(request_id)):
             leaving.started = chunk
-        if isinstance(chunk, Started | Tokens) and request_id in self._given_up:
+        if isinstance(chunk, Started | Tokens | Vectors) and request_id in self._given_up:
             # Its agent pulled it before it was withdrawn, and saw the cancellation too early.
             await self._cancel(self._given_up.pop(request_id), chunk.request_id)
 
@@ -168,6 +199,9 @@ class Relay:
         match chunk:
             case Tokens():
                 self._on_tokens(call, chunk)
+            case Vectors():
+                if call.vectors:
+                    call.vectors.add(chunk)
             case Started():
                 call.started = chunk
             case Finished() if chunk.finish_reason == "cancelled":
@@ -177,26 +211,29 @@ class Relay:
             case Failed() if chunk.code == "cancelled":
                 self._run_again(call, chunk.request_id, chunk.message)
             case Failed() if chunk.request_id == call.newest_run:
-                param = "messages" if isinstance(call.request.prompt, ChatPrompt) else "prompt"
+                param = _param_of(call.request)
                 error = errors.from_failure(chunk.code, chunk.message, param)
                 self._end(call, error, chunk.request_id)
 
     def _on_tokens(self, call: Call, chunk: Tokens) -> None:
         try:
-            text = call.answer.add(chunk)
+            piece = call.answer.add(chunk)
         except Diverged as error:
             self._give_up(call, errors.engine_failed(str(error)), None)
             return
-        if text is not None and (too_slow := call.push(text, len(chunk.token_ids))):
+        if piece is not None and (too_slow := call.push(piece, len(chunk.token_ids))):
             self._give_up(call, too_slow, None)
 
     def _on_finished(self, call: Call, chunk: Finished) -> None:
+        if call.vectors and (missing := call.vectors.num_missing):
+            self._run_again(call, chunk.request_id, f"{missing} vectors were lost on the way")
+            return
         if missing := call.answer.missing(chunk):
             words = f"{missing} of its {chunk.completion_tokens} tokens were lost on the way"
             self._run_again(call, chunk.request_id, words)
             return
         if text := call.answer.finish(chunk):
-            call.push(text, 0)
+            call.push(Piece(text), 0)
         self._end(call, chunk, chunk.request_id)
 
     # -- further runs ----------------------------------------------------------------------
@@ -296,3 +333,10 @@ class Relay:
 
     async def _cancel(self, model: str, run: str) -> None:
         await self._bus.publish(cancel_subject(model), CancelRequest(request_id=run, model=model))
+
+
+def _param_of(request: Request) -> str:
+    """The field of the HTTP body that holds what the model was given."""
+    if isinstance(request, EmbedRequest):
+        return "input"
+    return "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"

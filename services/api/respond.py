@@ -17,7 +17,8 @@ from opentelemetry import trace
 from opentelemetry.trace import Status, StatusCode
 
 from schemas.stream import Finished
-from services.api import openai
+from services.api import logprobs, openai
+from services.api.answer import Piece
 from services.api.call import Call, ClientLeft
 from services.api.errors import ApiError
 from services.api.fields import ignored_header
@@ -36,18 +37,18 @@ async def respond(parsed: Parsed, call: Call, relay: Relay, receive: Receive) ->
 
     ``receive`` tells when the client goes away, from here to the end of the response.
     """
-    watching = asyncio.create_task(_watch(receive, relay, call))
+    watching = asyncio.create_task(watch(receive, relay, call))
 
     def close() -> None:
         watching.cancel()
         relay.client_left(call)  # nothing, where the call has ended
 
     try:
-        texts = await call.read()
+        pieces = await call.read()
         if parsed.stream:
-            return EventStream(parsed, call, texts, close)
+            return EventStream(parsed, call, pieces, close)
         while more := await call.read():
-            texts += more
+            pieces += more
     except ClientLeft:
         close()
         return ASGIResponse(status_code=499)  # nobody reads it; the trace shows it
@@ -56,20 +57,20 @@ async def respond(parsed: Parsed, call: Call, relay: Relay, receive: Receive) ->
         raise
     close()
     return ASGIResponse(
-        body=_whole(parsed, call, "".join(texts)), headers=answer_headers(parsed, call)
+        body=_whole(parsed, call, pieces), headers=answer_headers(parsed.ignored, call)
     )
 
 
-async def _watch(receive: Receive, relay: Relay, call: Call) -> None:
+async def watch(receive: Receive, relay: Relay, call: Call) -> None:
     """The body has been read: the next thing to come is that the client is gone."""
     while (await receive())["type"] != "http.disconnect":
         pass
     relay.client_left(call)
 
 
-def answer_headers(parsed: Parsed, call: Call) -> dict[str, str]:
+def answer_headers(ignored: list[str], call: Call) -> dict[str, str]:
     """What this server adds: how the request was started, and what a swap cost."""
-    headers = ignored_header(parsed.ignored)
+    headers = ignored_header(ignored)
     if started := call.started:
         headers["x-hotswap-start"] = started.start
         headers["x-hotswap-gpu"] = started.gpu
@@ -80,14 +81,14 @@ def answer_headers(parsed: Parsed, call: Call) -> dict[str, str]:
 
 
 class EventStream(ASGIResponse):
-    """The answer as server-sent events. ``first``: the texts read already."""
+    """The answer as server-sent events. ``first``: the pieces read already."""
 
     _should_set_content_length = False
 
     def __init__(
-        self, parsed: Parsed, call: Call, first: list[str], close: Callable[[], None]
+        self, parsed: Parsed, call: Call, first: list[Piece], close: Callable[[], None]
     ) -> None:
-        headers = answer_headers(parsed, call)
+        headers = answer_headers(parsed.ignored, call)
         headers |= {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(status_code=200, media_type="text/event-stream", headers=headers)
         self._parsed = parsed
@@ -99,11 +100,12 @@ class EventStream(ASGIResponse):
         chunks = _chunks_of(self._parsed, self._call)
         try:
             await _send(send, b"".join(chunks.opening()))
-            texts = self._first
-            while texts:
+            pieces = self._first
+            while pieces:
                 # One event per token, but one write for all that came in the meantime.
-                await _send(send, b"".join(chunks.text(text) for text in texts if text))
-                texts = await self._call.read()
+                told = (piece for piece in pieces if piece.text or piece.logprobs)
+                await _send(send, b"".join(chunks.piece(piece) for piece in told))
+                pieces = await self._call.read()
             await _send(send, b"".join(chunks.closing(_finished(self._call))) + _DONE)
         except ApiError as error:
             log.error("request %s broke in mid-stream: %s", self._call.request_id, error)
@@ -153,16 +155,19 @@ def _answer_id(parsed: Parsed, call: Call) -> str:
     return ("chatcmpl-" if parsed.endpoint == "chat" else "cmpl-") + call.request_id
 
 
-def _whole(parsed: Parsed, call: Call, text: str) -> bytes:
+def _whole(parsed: Parsed, call: Call, pieces: list[Piece]) -> bytes:
     """The answer that is not streamed."""
     finished = _finished(call)
     head = (_answer_id(parsed, call), int(call.request.created_at), parsed.model)
+    text = "".join(piece.text for piece in pieces)
+    told = [one for piece in pieces for one in piece.logprobs]
     if parsed.endpoint == "chat":
-        chat = openai.ChatChoice(openai.AnswerMessage(text), _reason(finished))
+        chat = openai.ChatChoice(
+            openai.AnswerMessage(text), _reason(finished), logprobs=logprobs.of_chat(told)
+        )
         return _encode(openai.ChatCompletion(*head, [chat], _usage(finished)))
-    return _encode(
-        openai.Completion(*head, [openai.TextChoice(text, _reason(finished))], _usage(finished))
-    )
+    choice = openai.TextChoice(text, _reason(finished), logprobs=logprobs.of_text(told))
+    return _encode(openai.Completion(*head, [choice], _usage(finished)))
 
 
 class _ChatChunks:
@@ -177,8 +182,9 @@ class _ChatChunks:
     def opening(self) -> Iterator[bytes]:
         yield self._chunk(openai.Delta(role="assistant", content=""))
 
-    def text(self, text: str) -> bytes:
-        return self._chunk(openai.Delta(content=text))
+    def piece(self, piece: Piece) -> bytes:
+        told = logprobs.of_chat(piece.logprobs)
+        return self._chunk(openai.Delta(content=piece.text), told=told)
 
     def closing(self, finished: Finished) -> Iterator[bytes]:
         yield self._chunk(openai.Delta(), _reason(finished))
@@ -189,8 +195,13 @@ class _ChatChunks:
                 )
             )
 
-    def _chunk(self, delta: openai.Delta, reason: WireFinishReason | None = None) -> bytes:
-        choices = [openai.ChatChunkChoice(delta, reason)]
+    def _chunk(
+        self,
+        delta: openai.Delta,
+        reason: WireFinishReason | None = None,
+        told: openai.ChatLogprobs | None = None,
+    ) -> bytes:
+        choices = [openai.ChatChunkChoice(delta, reason, logprobs=told)]
         # With include_usage every chunk has the field, null until the last.
         usage = None if self._wants_usage else UNSET
         return _event(
@@ -204,8 +215,8 @@ class _TextChunks(_ChatChunks):
     def opening(self) -> Iterator[bytes]:
         return iter(())
 
-    def text(self, text: str) -> bytes:
-        return self._text_chunk(text)
+    def piece(self, piece: Piece) -> bytes:
+        return self._text_chunk(piece.text, told=logprobs.of_text(piece.logprobs))
 
     def closing(self, finished: Finished) -> Iterator[bytes]:
         yield self._text_chunk("", _reason(finished))
@@ -214,9 +225,14 @@ class _TextChunks(_ChatChunks):
                 openai.Completion(self._id, self._created, self._model, [], _usage(finished))
             )
 
-    def _text_chunk(self, text: str, reason: WireFinishReason | None = None) -> bytes:
+    def _text_chunk(
+        self,
+        text: str,
+        reason: WireFinishReason | None = None,
+        told: openai.TextLogprobs | None = None,
+    ) -> bytes:
         usage = None if self._wants_usage else UNSET
-        choices = [openai.TextChoice(text, reason)]
+        choices = [openai.TextChoice(text, reason, logprobs=told)]
         return _event(openai.Completion(self._id, self._created, self._model, choices, usage))
 
 

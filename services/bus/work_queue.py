@@ -23,7 +23,7 @@ from opentelemetry import propagate
 from opentelemetry.context import Context
 
 from schemas import names
-from schemas.requests import GenerateRequest
+from schemas.requests import Request
 from services.bus.connection import Bus, BusError, Hook, JetStreamError, RawMessage
 from services.bus.topology import NS
 
@@ -35,7 +35,7 @@ REDELIVER_AFTER_S = 5.0  # a Delivery that is neither acked nor in_progress for 
 _CONSUMER_IDLE_S = 300.0
 _FULL = (10077, 10054, 10053)  # "maximum messages per subject exceeded" and its kin
 
-_request_decoder = msgspec.json.Decoder(GenerateRequest)
+_request_decoder: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
 
 
 class QueueFull(BusError):
@@ -46,7 +46,7 @@ class QueueFull(BusError):
 class Delivery:
     """One request as the queue gave it to us."""
 
-    request: GenerateRequest
+    request: Request
     context: Context = field(repr=False)
     num_delivered: int
     stream_seq: int
@@ -82,7 +82,7 @@ class WorkQueue:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
 
-    async def enqueue(self, request: GenerateRequest) -> int:
+    async def enqueue(self, request: Request) -> int:
         """Store ``request`` for some replica; returns its stream sequence.
 
         Idempotent by request id within the stream's duplicate window.

@@ -1,5 +1,6 @@
-"""A short forward whose logits have to come out the same every time, bit for bit."""
+"""A short forward whose output has to come out the same every time, bit for bit."""
 
+import inspect
 from typing import Any, Final
 
 import torch
@@ -17,6 +18,8 @@ class Canary:
         self._module = module
         self._vocab_size: int = config.get_text_config().vocab_size
         self._device = device
+        caches = "use_cache" in inspect.signature(module.forward).parameters
+        self._options = {"use_cache": False} if caches else {}
         self._known: torch.Tensor | None = None
         self.is_new = True  # no whole model has repeated it yet
 
@@ -38,14 +41,14 @@ class Canary:
         if self._known is not None and not torch.equal(self._known, found):
             raise Corruption(
                 "canary",
-                f"model {model!r}: the same forward gave other logits than before: faulty memory "
+                f"model {model!r}: the same forward gave another output than before: faulty memory "
                 "or device; the model is loaded from its files again",
             )
         self._known, self.is_new = found, False
 
     def _forward(self) -> torch.Tensor:
-        """The logits as bytes, so that NaN equals NaN."""
+        """Logits, or hidden states where it embeds, as bytes: so NaN equals NaN."""
         ids = torch.arange(_NUM_TOKENS, device=self._device)[None] % self._vocab_size
         with torch.inference_mode():
-            logits: torch.Tensor = self._module(input_ids=ids, use_cache=False).logits
-        return logits.contiguous().view(torch.uint8).cpu()
+            output: torch.Tensor = self._module(input_ids=ids, **self._options)[0]
+        return output.contiguous().view(torch.uint8).cpu()

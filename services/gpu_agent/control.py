@@ -68,7 +68,9 @@ class AgentControl:
             gpu, lock_fd, images, self._greeting, self._on_worker, self._on_worker_death
         )
         self.serving = Serving(bus, self.gpu, self.reporter, self.worker.send, self._freed)
-        self.operations = Operations(self.gpu, self.reporter, self.worker.send, self._changed)
+        self.operations = Operations(
+            self.gpu, self.reporter, self.worker.send, self._changed, self.serving.preempt
+        )
         self.outcomes = Outcomes(
             self.gpu,
             self.reporter,
@@ -181,11 +183,11 @@ class AgentControl:
     async def _freed(self, replica: Replica) -> None:
         """A slot is free: pull more, or swap out where that waits for the last one."""
         await self.operations.swap_out_if_drained(replica)  # where it is, a status goes out
+        if not replica.in_flight and (replica.pull or replica.state == "host"):
+            # A status that was sent before the request ended may be read after its
+            # RequestEnded, and the model would look busy until the next heartbeat.
+            await self.publish_status()
         if replica.pull:
-            if not replica.in_flight:
-                # A status that was sent before the request ended may be read after its
-                # RequestEnded, and the model would look busy until the next heartbeat.
-                await self.publish_status()
             await replica.pull.refresh()
 
     def _open_replica(self, replica: Replica) -> None:
@@ -216,6 +218,8 @@ class AgentControl:
         match message:
             case ipc.Produced():
                 await self.serving.on_produced(message)
+            case ipc.Embedded():
+                await self.serving.on_embedded(message)
             case ipc.Begun():
                 self.serving.on_begun(message)
             case ipc.Done():

@@ -3,7 +3,8 @@
 ``from_pretrained`` sets torch's default dtype for the whole process while it runs and holds
 the interpreter lock for long, so it gets a process of its own:
 
-    stdin    {"folder", "dtype", "trust_remote_code", "weights": [[name, shape, dtype], ...]}
+    stdin    {"folder", "dtype", "trust_remote_code", "runner",
+              "weights": [[name, shape, dtype], ...]}
     stdout   the weights' bytes, one after another in that order
     stderr   what went wrong, in one line; exit status 1
 """
@@ -20,7 +21,7 @@ from typing import IO, Any, Final
 
 import torch
 
-from schemas.state import ModelSpec
+from schemas.state import ModelSpec, Runner
 from services.gpu_agent.checkpoint import BadCheckpoint
 from services.gpu_agent.host_image import HostImage
 
@@ -34,12 +35,14 @@ def load(
     dtype: torch.dtype,
     image: HostImage,
     on_progress: Callable[[int, int], None],
+    runner: Runner = "generate",
 ) -> None:
     """Fill ``image`` from the converting child. Raises BadCheckpoint."""
     order = {
         "folder": str(folder),
         "dtype": _name(dtype),
         "trust_remote_code": spec.trust_remote_code,
+        "runner": runner,
         "weights": [[s.weight.name, s.weight.shape, _name(s.weight.dtype)] for s in image.layout],
     }
     root = str(Path(__file__).resolve().parents[2])
@@ -103,17 +106,21 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _convert(order: dict[str, Any], out: IO[bytes]) -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
-    module, info = AutoModelForCausalLM.from_pretrained(
+    auto = AutoModel if order["runner"] == "embed" else AutoModelForCausalLM
+    module, info = auto.from_pretrained(
         order["folder"],
         dtype=getattr(torch, order["dtype"]),
         trust_remote_code=order["trust_remote_code"],
         use_safetensors=True,
         output_loading_info=True,
     )
-    if info["missing_keys"]:
-        raise ValueError(f"missing tensors: {sorted(info['missing_keys'])[:5]}")
+    missing = set(info["missing_keys"])
+    if order["runner"] == "embed":  # nobody misses the pooler
+        missing &= {name for name, _, _ in order["weights"]}
+    if missing:
+        raise ValueError(f"missing tensors: {sorted(missing)[:5]}")
     tensors = {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),

@@ -53,6 +53,7 @@ class HostedModel:
         self.spec = known.spec
         self.facts = known.facts
         self.geometry = known.geometry
+        self.pooling = known.pooling
         self.module = known.module
         self.config = known.config
         self.folder: Path = known.plan.checkpoint.folder

@@ -6,21 +6,21 @@ the bus. They talk over one Unix stream socket: a 4-byte big-endian length, then
     control -> worker   Register  Load  SwapIn  SwapOut  Verify  Submit  Cancel  Shutdown
     worker -> control   Ready  Registered  LoadProgress  Loaded  Arriving  SwappedIn
                         SwapInCancelled  SwappedOut  Unloaded  Verified  Corrupted  OpFailed
-                        Begun  Produced  Done  Broke     (of a request; Done or Broke ends it)
+                        Begun  Produced  Embedded  Done  Broke   (of a request; the last two end it)
 
 The worker answers every Register, Load and SwapOut exactly once, every SwapIn with Arriving and
 then exactly one of SwappedIn, SwapInCancelled and OpFailed (or with OpFailed alone), every
 Verify with Verified, Corrupted or OpFailed, and every Submit with exactly one Done or Broke.
-No token of a model is Produced before its SwappedIn.
+Nothing of a model is Produced or Embedded before its SwappedIn.
 """
 
 from typing import Literal, TypeAlias
 
 import msgspec
 
-from schemas.requests import GenerateRequest
+from schemas.requests import Request
 from schemas.state import ModelFacts, ModelSpec, SwapTrace
-from schemas.stream import ErrorCode, FinishReason
+from schemas.stream import ErrorCode, FinishReason, TokenLogprobs
 
 MAX_FRAME_BYTES = 64 * 2**20
 
@@ -41,12 +41,14 @@ class SwapIn(msgspec.Struct, frozen=True, tag=True):
 
 
 class SwapOut(msgspec.Struct, frozen=True, tag=True):
-    """Control has drained the model first; the worker refuses while requests run.
+    """Drop the model's pages, or call off a swap-in that is under way.
 
-    Calls off a swap-in that is under way.
+    With ``preempt`` its requests are suspended where they are, and go on after the next swap-in;
+    without, control has drained the model first, and the worker refuses while requests run.
     """
 
     model: str
+    preempt: bool = False
 
 
 class Verify(msgspec.Struct, frozen=True, tag=True):
@@ -56,7 +58,7 @@ class Verify(msgspec.Struct, frozen=True, tag=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    request: GenerateRequest
+    request: Request
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -139,9 +141,12 @@ class SwapInCancelled(msgspec.Struct, frozen=True, tag=True):
 
 
 class SwappedOut(msgspec.Struct, frozen=True, tag=True):
+    """``num_suspended`` requests of the model wait in the worker for its next swap-in."""
+
     model: str
     trace: SwapTrace
     memory: Memory
+    num_suspended: int = 0
 
 
 class Verified(msgspec.Struct, frozen=True, tag=True):
@@ -180,11 +185,21 @@ class Begun(msgspec.Struct, frozen=True, tag=True):
     at: float
 
 
-class Produced(msgspec.Struct, frozen=True, tag=True):
+class Produced(msgspec.Struct, frozen=True, omit_defaults=True, tag=True):
     request_id: str
     index: int
     token_ids: tuple[int, ...]
     text: str
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of each of token_ids, where the request asks
+
+
+class Embedded(msgspec.Struct, frozen=True, tag=True):
+    """Vectors of consecutive inputs; see `schemas.stream.Vectors`."""
+
+    request_id: str
+    index: int
+    dimensions: int
+    data: bytes
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
@@ -218,6 +233,7 @@ FromWorker: TypeAlias = (
     | OpFailed
     | Begun
     | Produced
+    | Embedded
     | Done
     | Broke
 )

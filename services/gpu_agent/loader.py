@@ -23,7 +23,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from schemas.state import ModelSpec
+from schemas.state import ModelSpec, Runner
 from services.gpu_agent import convert
 from services.gpu_agent.checkpoint import BadCheckpoint, Checkpoint, StoredTensor
 from services.gpu_agent.checksums import Checksums
@@ -58,10 +58,16 @@ class LoadPlan:
     layout: Layout
     dtype: torch.dtype
     reads: tuple[Read, ...]
+    runner: Runner = "generate"
 
 
 def plan_load(
-    spec: ModelSpec, checkpoint: Checkpoint, layout: Layout, module: nn.Module, dtype: torch.dtype
+    spec: ModelSpec,
+    checkpoint: Checkpoint,
+    layout: Layout,
+    module: nn.Module,
+    dtype: torch.dtype,
+    runner: Runner = "generate",
 ) -> LoadPlan:
     """Match the model's weights with the files' tensors. Reads nothing.
 
@@ -70,8 +76,9 @@ def plan_load(
     """
     reads: list[Read] = []
     missing: list[str] = []
+    prefix = _stored_prefix(module, checkpoint)
     for slot in layout:
-        names = (slot.weight.name, *slot.weight.aliases)
+        names = [prefix + name for name in (slot.weight.name, *slot.weight.aliases)]
         stored = [checkpoint.tensors[name] for name in names if name in checkpoint.tensors]
         wrong = [tensor for tensor in stored if tensor.shape != slot.weight.shape]
         if wrong:
@@ -84,9 +91,9 @@ def plan_load(
         else:
             missing.append(slot.weight.name)
     if not missing:
-        return LoadPlan(spec, checkpoint, layout, dtype, tuple(reads))
+        return LoadPlan(spec, checkpoint, layout, dtype, tuple(reads), runner)
     place = checkpoint.remote.uri if checkpoint.remote else checkpoint.folder
-    if not _can_be_renamed(module, checkpoint):
+    if not _can_be_renamed(module, checkpoint, prefix):
         raise BadCheckpoint(
             f"{place} lacks {len(missing)} of {len(layout.slots)} tensors, the first "
             f"is {missing[0]!r}: the download is incomplete, or config.json is another model's"
@@ -96,10 +103,24 @@ def plan_load(
             f"{place} names or packs its tensors in another way than the installed transformers: "
             "load it there, store it with `save_pretrained`, and deploy that"
         )
-    return LoadPlan(spec, checkpoint, layout, dtype, ())
+    return LoadPlan(spec, checkpoint, layout, dtype, (), runner)
 
 
-def _can_be_renamed(module: nn.Module, checkpoint: Checkpoint) -> bool:
+def _stored_prefix(module: nn.Module, checkpoint: Checkpoint) -> str:
+    """What stands before the names of ``module`` in the files: "bert." where it is the base of a
+    BertForMaskedLM that was stored whole, else nothing.
+    """
+    name = getattr(module, "base_model_prefix", "")
+    if not name or hasattr(module, name):  # it has a head itself
+        return ""
+    known = module.state_dict()
+    if any(stored in known for stored in checkpoint.tensors):
+        return ""
+    prefix = f"{name}."
+    return prefix if any(stored.startswith(prefix) for stored in checkpoint.tensors) else ""
+
+
+def _can_be_renamed(module: nn.Module, checkpoint: Checkpoint, stored_prefix: str) -> bool:
     """Whether transformers knows a stored tensor under another name of this module's."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -110,7 +131,7 @@ def _can_be_renamed(module: nn.Module, checkpoint: Checkpoint) -> bool:
     converters = [entry for entry in transforms if not isinstance(entry, WeightRenaming)]
     prefix = getattr(module, "base_model_prefix", None)
     for name in checkpoint.tensors:
-        if name not in known:
+        if name.removeprefix(stored_prefix) not in known:
             renamed, _ = rename_source_key(name, renamings, converters, prefix, known)
             if renamed in known:
                 return True
@@ -131,7 +152,7 @@ def load(
     if plan.reads:
         checksums = _read_all(plan, image, page_bytes, lambda done: on_progress(done, total))
     else:
-        convert.load(plan.spec, plan.checkpoint.folder, plan.dtype, image, on_progress)
+        convert.load(plan.spec, plan.checkpoint.folder, plan.dtype, image, on_progress, plan.runner)
         checksums = Checksums.of(image.tensor, page_bytes)
     plan.checkpoint.check_unchanged()
     image.checksums = checksums

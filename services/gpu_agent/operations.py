@@ -5,6 +5,8 @@
     SwapIn     host -> device, start pulling       host -> swapping_in -> resident
     SwapOut    stop pulling, drain, drop pages     resident -> draining -> swapping_out -> host
                the same, called off on its way     swapping_in -> draining -> ...
+               the same, but its requests are      resident -> swapping_out -> host
+               suspended: preempt                  swapping_in, draining -> swapping_out -> ...
 
 A command begins one operation of the worker, and is answered by an event when the worker is
 done. Commands are idempotent: one for what is under way adds nothing, one for what is so
@@ -41,7 +43,8 @@ _OPS: dict[type, Op] = {Register: "register", Load: "load", SwapIn: "swap_in", S
 
 
 class Operations:
-    """Carries out commands. ``send``: to the worker; ``changed``: tell everybody.
+    """Carries out commands. ``send``: to the worker; ``changed``: tell everybody; ``preempt``: a
+    replica leaves with its requests.
 
     ``contexts``: model -> trace context of what it works on.
     """
@@ -52,12 +55,14 @@ class Operations:
         reporter: Reporter,
         send: Callable[[ipc.ToWorker], None],
         changed: Callable[[Replica], Awaitable[None]],
+        preempt: Callable[[Replica], Awaitable[None]],
     ) -> None:
         self.contexts: dict[str, Context] = {}
         self._gpu = gpu
         self._reporter = reporter
         self._send = send
         self._changed = changed
+        self._preempt = preempt
 
     async def register(self, command: Register, replica: Replica) -> None:
         replica.generation = command.generation
@@ -96,12 +101,16 @@ class Operations:
                 replica.drain_started_at = time.time()
                 replica.move("draining")
                 replica.stop_pulling()
-                await self._changed(replica)
-                await self.swap_out_if_drained(replica)
+                if _may_preempt(command, replica):
+                    await self._swap_out(replica, preempt=True)
+                else:
+                    await self._changed(replica)
+                    await self.swap_out_if_drained(replica)
+            case SwapOut(), "draining" if _may_preempt(command, replica):
+                await self._swap_out(replica, preempt=True)
             case SwapOut(), "host":
-                await self._reporter.event(
-                    SwapOutCompleted(*where, SwapTrace(started_at=time.time()))
-                )
+                trace = SwapTrace(started_at=time.time())
+                await self._reporter.event(SwapOutCompleted(*where, trace, len(replica.in_flight)))
             case (
                 (Load(), "loading")
                 | (SwapIn(), "swapping_in")
@@ -121,9 +130,14 @@ class Operations:
 
     async def swap_out_if_drained(self, replica: Replica) -> None:
         if replica.state == "draining" and not replica.in_flight:
-            replica.move("swapping_out")
-            self._send(ipc.SwapOut(replica.spec.name))
-            await self._changed(replica)
+            await self._swap_out(replica)
+
+    async def _swap_out(self, replica: Replica, preempt: bool = False) -> None:
+        replica.move("swapping_out")
+        self._send(ipc.SwapOut(replica.spec.name, preempt))
+        if preempt:
+            await self._preempt(replica)
+        await self._changed(replica)
 
     async def _begin(
         self, replica: Replica, state: ReplicaState, operation: ipc.ToWorker, context: Context
@@ -132,3 +146,9 @@ class Operations:
         replica.move(state)
         self._send(operation)
         await self._changed(replica)
+
+
+def _may_preempt(command: Load | SwapIn | SwapOut, replica: Replica) -> bool:
+    """Whether the command says so, and the model's settings allow it."""
+    asked = isinstance(command, SwapOut) and command.preempt
+    return asked and replica.spec.preemption != "drain"

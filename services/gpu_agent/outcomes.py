@@ -2,7 +2,7 @@
 
     Registered  -> cold, with its facts         Arriving       -> requests are pulled
     Loaded      -> host                         SwappedIn      -> resident
-    Unloaded    -> cold                         SwappedOut     -> host
+    Unloaded    -> cold                         SwappedOut     -> host; requests may be suspended
     Corrupted   -> cold, or failed where it keeps happening
     OpFailed    -> as before; failed where the files can not be used
 
@@ -124,9 +124,11 @@ class Outcomes:
             case ipc.Unloaded(_, num_bytes):
                 replica.move("cold", _UNLOADED)
                 await self._reporter.event(ModelUnloaded(*where, num_bytes))
+                await self._serving.hand_back(replica)
             case ipc.Arriving():
                 if replica.state == "swapping_in":
                     replica.is_arriving = True
+                    self._serving.resumed(replica)
                     self._open_replica(replica)
                 return
             case ipc.SwappedIn(_, trace, memory):
@@ -140,8 +142,10 @@ class Outcomes:
                 self._note_memory(memory)
                 trace = _with_drain(trace, replica.drain_started_at)
                 replica.move("host")
+                await self._serving.suspended(replica)
                 self._reporter.swap_span(telemetry.SPAN_SWAP_OUT, context, model, trace)
-                await self._reporter.event(SwapOutCompleted(*where, trace))
+                num_suspended = len(replica.in_flight)
+                await self._reporter.event(SwapOutCompleted(*where, trace, num_suspended))
             case ipc.Corrupted(_, check, reason, memory):
                 self._note_memory(memory)
                 log.error("verification of %s failed: %s", model, reason)

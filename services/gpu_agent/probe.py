@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from schemas.state import ModelSpec
+from schemas.state import ModelSpec, Runner
 from services.gpu_agent.checkpoint import BadCheckpoint
 from services.gpu_agent.host_image import Weight
 from services.gpu_agent.trial import (
@@ -36,7 +36,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class KVGeometry:
-    """What one token of context keeps, per layer: K and V of (num_kv_heads, head_dim) each."""
+    """What one token of context keeps, per layer: K and V of (num_kv_heads, head_dim) each.
+
+    No layers where nothing is kept, as in a model that embeds.
+    """
 
     num_layers: int
     num_kv_heads: int
@@ -63,20 +66,28 @@ class Examined:
     weights: tuple[Weight, ...]
     num_parameters: int
     guards: dict[str, str]
+    width: int = 0  # of the output's last dimension: the vocabulary, or a hidden state
 
 
-def examine(module: nn.Module, config: Any, spec: ModelSpec, *, shorten: bool = True) -> Examined:
+def examine(
+    module: nn.Module,
+    config: Any,
+    spec: ModelSpec,
+    runner: Runner = "generate",
+    *,
+    shorten: bool = True,
+) -> Examined:
     """Push one token through the meta module and see what it does. Raises BadCheckpoint.
 
     ``shorten``: run one layer of each kind, and all of them only where that fails.
     """
     if shorten:
         try:
-            return _examine(module, config, spec, shorten=True)
+            return _examine(module, config, spec, runner, shorten=True)
         except Exception as error:  # any modelling code may run here
             logger.debug("model %s: all layers must run: %r", spec.name, error)
     try:
-        return _examine(module, config, spec, shorten=False)
+        return _examine(module, config, spec, runner, shorten=False)
     except BadCheckpoint:
         raise
     except Exception as error:
@@ -86,9 +97,13 @@ def examine(module: nn.Module, config: Any, spec: ModelSpec, *, shorten: bool = 
         ) from error
 
 
-def _examine(module: nn.Module, config: Any, spec: ModelSpec, *, shorten: bool) -> Examined:
+def _examine(
+    module: nn.Module, config: Any, spec: ModelSpec, runner: Runner, *, shorten: bool
+) -> Examined:
     found = _find_stored(module)
+    # A model that embeds forgets its keys and values within the forward, if it tells of them.
     cache = RecordingCache(config)
+    caching = {"past_key_values": cache, "use_cache": True} if runner == "generate" else {}
     watch = Watch(stored.tensor for stored in found)
     twins = Twins(config, cache, watch)
     with ExitStack() as stack:
@@ -102,14 +117,13 @@ def _examine(module: nn.Module, config: Any, spec: ModelSpec, *, shorten: bool) 
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.device("meta"))
         stack.enter_context(watch)
-        module(
-            input_ids=torch.zeros((1, 1), dtype=torch.long), past_key_values=cache, use_cache=True
-        )
+        output = module(input_ids=torch.zeros((1, 1), dtype=torch.long), **caching)
     weights, guards = _in_order(module, found, watch)
     num_parameters = sum(
         stored.tensor.numel() for stored in found if isinstance(stored.tensor, nn.Parameter)
     )
-    return Examined(_geometry(cache, spec), weights, num_parameters, guards)
+    geometry = _geometry(cache, spec) if caching else KVGeometry(0, 0, 0, torch.float32, ())
+    return Examined(geometry, weights, num_parameters, guards, output[0].shape[-1])
 
 
 # -- what it told ------------------------------------------------------------------------

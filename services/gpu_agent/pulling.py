@@ -1,4 +1,4 @@
-"""A replica's pull on its model's queue: from swap-in until it is to be drained."""
+"""A replica's pull on its model's queue: from swap-in until it is to be drained or preempted."""
 
 import asyncio
 import logging

@@ -8,20 +8,22 @@ from typing import Any
 
 from torch import nn
 
-from schemas.state import ModelFacts, ModelSpec
+from schemas.state import ModelFacts, ModelSpec, Runner
 from services.gpu_agent import checkpoint, loader, probe, skeleton
 from services.gpu_agent.facts import find_facts
 from services.gpu_agent.host_image import Layout, plan_layout
 from services.gpu_agent.loader import LoadPlan
 from services.gpu_agent.pages import PagePool, Region
 from services.gpu_agent.probe import Examined, KVGeometry
+from services.gpu_agent.runner import Pooling, find_pooling
 
 
 @dataclass(frozen=True)
 class Registration:
     """What is known of a model, and was made for it once and for all.
 
-    ``guards``: module name -> end of the image bytes that its forward needs.
+    ``guards``: module name -> end of the image bytes that its forward needs. ``pooling``: how it
+    embeds; None where it generates.
     """
 
     spec: ModelSpec
@@ -32,6 +34,7 @@ class Registration:
     plan: LoadPlan
     region: Region
     guards: dict[str, int]
+    pooling: Pooling | None = None
 
 
 def register(spec: ModelSpec, pool: PagePool) -> Registration:
@@ -43,10 +46,12 @@ def register(spec: ModelSpec, pool: PagePool) -> Registration:
     config = skeleton.read_config(found.folder, spec)
     stored = (tensor.dtype for tensor in found.tensors.values())
     dtype = skeleton.choose_dtype(config, spec, stored)
-    module = skeleton.build(config, spec, dtype)
-    examined = probe.examine(module, config, spec)
-    plan = loader.plan_load(spec, found, plan_layout(examined.weights), module, dtype)
-    return assemble(spec, config, module, examined, plan, pool)
+    pooling = find_pooling(found.folder, config, spec)
+    runner: Runner = "embed" if pooling else "generate"
+    module = skeleton.build(config, spec, dtype, runner)
+    examined = probe.examine(module, config, spec, runner)
+    plan = loader.plan_load(spec, found, plan_layout(examined.weights), module, dtype, runner)
+    return assemble(spec, config, module, examined, plan, pool, pooling)
 
 
 def assemble(
@@ -56,9 +61,10 @@ def assemble(
     examined: Examined,
     plan: LoadPlan,
     pool: PagePool,
+    pooling: Pooling | None = None,
 ) -> Registration:
     """Bind ``module``, which can be done once, to a region of ``pool``. Raises BadCheckpoint."""
-    facts = find_facts(spec, config, module, examined, plan, pool)
+    facts = find_facts(spec, config, module, examined, plan, pool, pooling)
     region = pool.reserve(plan.layout.num_bytes)
     try:
         skeleton.make_buffers_real(module, pool.torch_device, spec)
@@ -67,7 +73,8 @@ def assemble(
         region.release()
         raise
     guards = _guard_ends(examined.guards, plan.layout)
-    return Registration(spec, config, facts, examined.geometry, module, plan, region, guards)
+    geometry = examined.geometry
+    return Registration(spec, config, facts, geometry, module, plan, region, guards, pooling)
 
 
 def _guard_ends(guards: dict[str, str], layout: Layout) -> dict[str, int]:

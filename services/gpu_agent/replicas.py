@@ -48,7 +48,7 @@ class Replica:
     last_swap_in: SwapTrace | None = None
     drain_started_at: float = 0.0
     pull: Pull | None = None  # while it may take requests
-    in_flight: set[str] = field(default_factory=set)  # request ids admitted here
+    in_flight: set[str] = field(default_factory=set)  # request ids admitted here; suspended in host
     changed_at: float = field(default_factory=time.time)
 
     @property

@@ -89,4 +89,6 @@ class Reporter:
             first_layer_s=trace.first_layer_s,
             copy_s=trace.copy_s,
             verify_s=trace.verify_s,
+            suspend_s=trace.suspend_s,
+            kv_bytes=trace.kv_bytes,
         )

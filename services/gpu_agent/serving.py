@@ -3,11 +3,14 @@
     on_delivery   Started to the api, Submit to the worker          RequestStarted
     announce      Started to the api, where the weights were still arriving then
     on_produced   Tokens to the api
+    on_embedded   Vectors to the api
     on_done       Finished to the api, ack to the queue             RequestEnded
     on_broke      Failed to the api, ack to the queue               RequestEnded
     worker_died   nak: the queue delivers again, here or elsewhere; `Suspects` says which
                   ones are given up: Failed to the api, ack         RequestEnded
-    hand_back     nak, for one replica whose weights failed
+    hand_back     nak, for one replica whose weights failed or were dropped
+    preempt       nak, for those of one replica that the worker has not got yet
+    suspended     nothing is told: the others wait in the worker until `resumed`
     finish        nak: whoever gets it next ends it
 
 Where nobody listens to the chunks any more (the api died, or gave up), the server says so, and
@@ -26,7 +29,7 @@ from collections.abc import Awaitable, Callable
 from typing import Literal, TypeAlias
 
 from schemas.events import RequestEnded, RequestStarted
-from schemas.stream import Chunk, ErrorCode, Failed, Finished, RequestTiming, Tokens
+from schemas.stream import Chunk, ErrorCode, Failed, RequestTiming, Tokens, Vectors
 from services import telemetry
 from services.bus import Bus, BusError, Delivery
 from services.bus.connection import RawMessage
@@ -59,6 +62,7 @@ class Serving:
         self._reporter = reporter
         self._idle = asyncio.Event()
         self._idle.set()
+        self._finishing = False
         self._send = send
         self._freed = freed
         self._gone_inbox = f"{bus.inbox}.gone"
@@ -99,7 +103,7 @@ class Serving:
     async def _submit_line(self) -> None:
         """Give the worker what it may have now, first come first served."""
         while self._line:
-            running = [name for name, other in self.in_flight.items() if other.is_submitted]
+            running = [name for name, other in self.in_flight.items() if other.is_running]
             if not self._suspects.may_join(self._line[0].request.request_id, running):
                 return
             await self._submit(self._line.popleft())
@@ -123,9 +127,8 @@ class Serving:
 
     async def announce(self, replica: Replica) -> None:
         """``replica`` has arrived: tell whoever waited for it."""
-        for request_id in sorted(replica.in_flight):
-            flight = self.in_flight.get(request_id)
-            if flight and flight.is_submitted:
+        for flight in self._flights_of(replica):
+            if flight.is_submitted:
                 await self._telling.announce(flight)
 
     async def cancel(self, request_id: str) -> None:
@@ -167,6 +170,19 @@ class Serving:
                 message.index,
                 message.token_ids,
                 message.text,
+                message.logprobs,
+            )
+            await self._telling.publish(flight.request, chunk)
+
+    async def on_embedded(self, message: ipc.Embedded) -> None:
+        if flight := self.in_flight.get(message.request_id):
+            await self._telling.first_token(flight)
+            chunk = Vectors(
+                message.request_id,
+                flight.attempt,
+                message.index,
+                message.dimensions,
+                message.data,
             )
             await self._telling.publish(flight.request, chunk)
 
@@ -174,30 +190,11 @@ class Serving:
         flight = self.in_flight.get(message.request_id)
         if not flight:
             return
-        timing = RequestTiming(
-            queue_wait_s=flight.pulled_at - flight.request.created_at,
-            prefill_s=message.prefill_s,
-            decode_s=message.decode_s,
-        )
-        chunk = Finished(
-            message.request_id,
-            flight.attempt,
-            message.finish_reason,
-            message.prompt_tokens,
-            message.completion_tokens,
-            timing,
-            message.text,
-        )
-        prefilled_at = flight.begun_at + message.prefill_s
-        if flight.begun_at:
-            self._telling.span(flight, telemetry.SPAN_PREFILL, flight.begun_at, prefilled_at)
-            self._telling.span(
-                flight, telemetry.SPAN_DECODE, prefilled_at, prefilled_at + message.decode_s
-            )
+        chunk = self._telling.finished(flight, message)
         flight.num_tokens = message.completion_tokens
         flight.prompt_tokens = message.prompt_tokens
         await self._telling.announce(flight)  # one that was cancelled while its weights arrived
-        await self._end(flight, chunk, message.finish_reason, timing)
+        await self._end(flight, chunk, message.finish_reason, chunk.timing)
 
     async def on_broke(self, message: ipc.Broke) -> None:
         if flight := self.in_flight.get(message.request_id):
@@ -210,31 +207,70 @@ class Serving:
         guilty = [
             flight
             for flight in flights
-            if flight.is_submitted and self._suspects.blame(flight.request.request_id)
+            if flight.is_running and self._suspects.blame(flight.request.request_id)
         ]
-        for flight in flights:
+        for flight in guilty:
             self._forget(flight)
-        for flight in flights:
-            if flight in guilty:
-                words = f"{reason}, {MAX_CRASHES} times while it worked on this request"
-                await self._fail(flight, "engine_failed", words)
-            else:
-                await self._settle(flight.delivery.nak())
+        await self._return([flight for flight in flights if flight not in guilty])
+        for flight in guilty:
+            words = f"{reason}, {MAX_CRASHES} times while it worked on this request"
+            await self._fail(flight, "engine_failed", words)
 
     async def hand_back(self, replica: Replica) -> None:
-        """Nothing of ``replica``'s can be used: its requests go back to the queue."""
-        for request_id in sorted(replica.in_flight):
-            if flight := self.in_flight.get(request_id):
-                self._forget(flight)
-                await self._settle(flight.delivery.nak())
+        """Nothing of ``replica``'s can be used: its requests go back to the queue.
+
+        The worker may still keep those that were suspended. It is to forget them: somebody else
+        ends them, or it gets them anew.
+        """
+        flights = self._flights_of(replica)
+        for flight in flights:
+            if flight.is_submitted:
+                self._send(ipc.Cancel(flight.request.request_id))
+        await self._return(flights)
         await self._submit_line()
 
     async def finish(self, grace_s: float) -> None:
-        """At shutdown: wait up to ``grace_s`` seconds; what still runs goes back to the queue."""
+        """At shutdown: wait up to ``grace_s`` seconds; what still runs goes back to the queue,
+        and what is suspended at once: nothing is swapped in any more.
+        """
+        self._finishing = True
+        await self._return([f for f in self.in_flight.values() if f.is_suspended])
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), grace_s)
-        for flight in list(self.in_flight.values()):
+        await self._return(list(self.in_flight.values()))
+
+    # -- preemption ------------------------------------------------------------------------
+
+    async def preempt(self, replica: Replica) -> None:
+        """``replica`` is told to leave with its requests. Those that the worker has not got go
+        back to the queue: in line they would hold up others until the model is back.
+        """
+        await self._return([f for f in self._flights_of(replica) if not f.is_submitted])
+
+    async def suspended(self, replica: Replica) -> None:
+        """``replica`` has left the device; its requests wait in the worker for its return."""
+        for flight in self._flights_of(replica):
+            flight.is_suspended = True
+        if self._finishing:
+            await self._return(self._flights_of(replica))
+        await self._submit_line()  # a request that must run alone may be now
+
+    def resumed(self, replica: Replica) -> None:
+        """``replica`` is coming back: the worker goes on with its requests."""
+        for flight in self._flights_of(replica):
+            flight.is_suspended = False
+
+    def _flights_of(self, replica: Replica) -> list[InFlight]:
+        names = sorted(replica.in_flight)
+        return [flight for name in names if (flight := self.in_flight.get(name))]
+
+    async def _return(self, flights: list[InFlight]) -> None:
+        """Back to the queue. All are forgotten before anything is awaited: none can be submitted
+        or answered meanwhile, and what the worker still says of them finds nobody.
+        """
+        for flight in flights:
             self._forget(flight)
+        for flight in flights:
             await self._settle(flight.delivery.nak())
 
     # -- ends ----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ The module is built on torch's meta device (shapes only), then made usable in tw
              `- see probe.py
 """
 
+import inspect
 import logging
 import math
 import re
@@ -19,9 +20,10 @@ from typing import Any, Final, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from schemas.state import ModelSpec
+from schemas.state import ModelSpec, Runner
+from services.gpu_agent.attention import use_grouped
 from services.gpu_agent.checkpoint import BadCheckpoint
 from services.gpu_agent.host_image import Layout
 from services.gpu_agent.probe import KVGeometry
@@ -73,31 +75,44 @@ def choose_dtype(config: Any, spec: ModelSpec, stored: Iterator[torch.dtype]) ->
     return next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)
 
 
-def build(config: Any, spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
-    """The module on the meta device, in eval mode. Raises BadCheckpoint."""
+def build(
+    config: Any, spec: ModelSpec, dtype: torch.dtype, runner: Runner = "generate"
+) -> nn.Module:
+    """The module on the meta device, in eval mode; without a head where it is to embed.
+
+    Raises BadCheckpoint.
+    """
     try:
-        module = _from_config(config, spec, dtype)
+        module = _from_config(config, spec, dtype, runner)
     except Exception as error:  # any modelling code may run here
         raise BadCheckpoint(
-            f"model {spec.name!r}: {type(config).__name__} can not be built as a causal language "
-            f"model: {error}"
+            f"model {spec.name!r}: {type(config).__name__} can not be built as "
+            f"{'an encoder' if runner == 'embed' else 'a causal language model'}: {error}"
         ) from error
+    if runner == "embed":
+        _drop_pooler(module)
+    use_grouped(module)
     _keep_in_float32(module, dtype)
     return module.eval()
 
 
-def _from_config(config: Any, spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
+def _drop_pooler(module: nn.Module) -> None:
+    """Of Bert and its kin: a layer over the first token, for classifying. Many files lack it."""
+    if "add_pooling_layer" in inspect.signature(type(module).__init__).parameters:
+        module._modules["pooler"] = None
+
+
+def _from_config(config: Any, spec: ModelSpec, dtype: torch.dtype, runner: Runner) -> nn.Module:
+    auto = AutoModel if runner == "embed" else AutoModelForCausalLM
     options = {"dtype": dtype, "trust_remote_code": spec.trust_remote_code}
     with torch.device("meta"), _no_first_values():
         try:
-            module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", **options)
+            module = auto.from_config(config, attn_implementation="sdpa", **options)
         except ValueError as error:
             if "scaled_dot_product_attention" not in str(error):
                 raise
             logger.warning("%s has no sdpa attention: using eager attention", spec.name)
-            module = AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager", **options
-            )
+            module = auto.from_config(config, attn_implementation="eager", **options)
     return cast(nn.Module, module)
 
 
@@ -143,8 +158,8 @@ def make_buffers_real(module: nn.Module, device: torch.device, spec: ModelSpec) 
             buffer = part._buffers[leaf]
             if buffer is not None and buffer.is_meta:
                 real = torch.empty_like(buffer, device=device)
-                if real.is_floating_point():
-                    real.fill_(math.nan)  # shows what nobody sets
+                if (mark := _mark_of(real)) is not None:
+                    real.fill_(mark)  # shows what nobody sets
                 part._buffers[leaf] = real
                 real_of[_place(buffer)] = real
                 made[f"{owner}.{leaf}"] = real
@@ -163,21 +178,33 @@ def _set_buffers(module: nn.Module, owners: list[str], made: dict[str, torch.Ten
     """Have the modelling code compute the buffers ``made``; returns the names of those it left.
 
     The parts that own buffers and those around them are asked first, because asking hundreds
-    of linear layers takes longer. All are asked where that leaves a NaN, or could not show one.
+    of linear layers takes longer. All are asked where that leaves a mark, or could not show one.
     """
     near = {owner[:end] for owner in owners for end in (0, len(owner), *_dots(owner))}
-    shows = all(buffer.is_floating_point() for buffer in made.values())
+    shows = all(_mark_of(buffer) is not None for buffer in made.values())
     unset: list[str] = []
     for asked in [near, None] if shows else [None]:
         for name, part in module.named_modules():
             vars(part)["_is_hf_initialized"] = asked is not None and name not in asked
         cast(Any, module).initialize_weights()
-        unset = [
-            n for n, value in made.items() if value.is_floating_point() and value.isnan().any()
-        ]
+        unset = [name for name, buffer in made.items() if _has_mark(buffer)]
         if not unset:
             break
     return unset
+
+
+def _mark_of(buffer: torch.Tensor) -> float | None:
+    """What no buffer holds once it is set; None where every value may be meant."""
+    if buffer.is_floating_point():
+        return math.nan
+    return None if buffer.dtype in (torch.bool, torch.uint8) else torch.iinfo(buffer.dtype).min
+
+
+def _has_mark(buffer: torch.Tensor) -> bool:
+    if buffer.is_floating_point():
+        return bool(buffer.isnan().any())
+    mark = _mark_of(buffer)
+    return mark is not None and bool((buffer == mark).any())
 
 
 def _dots(name: str) -> list[int]:

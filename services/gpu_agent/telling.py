@@ -9,9 +9,11 @@ import time
 from dataclasses import dataclass
 
 from schemas.events import FirstTokenSent
-from schemas.requests import GenerateRequest
-from schemas.stream import Chunk, Started
+from schemas.requests import Request
+from schemas.stream import Chunk, Finished, RequestTiming, Started
+from services import telemetry
 from services.bus import Bus, BusError, Delivery
+from services.gpu_agent import ipc
 from services.gpu_agent.replicas import Replica
 from services.gpu_agent.reporter import Reporter
 
@@ -27,14 +29,20 @@ class InFlight:
     attempt: int
     pulled_at: float
     is_submitted: bool = False  # the worker has it; until then it waits in line
+    is_suspended: bool = False  # it waits in the worker until its model is back on the device
     is_announced: bool = False  # the api was told: only then is the swap's trace known
     begun_at: float = 0.0
     prompt_tokens: int = 0
     num_tokens: int = 0
 
     @property
-    def request(self) -> GenerateRequest:
+    def request(self) -> Request:
         return self.delivery.request
+
+    @property
+    def is_running(self) -> bool:
+        """The worker works on it."""
+        return self.is_submitted and not self.is_suspended
 
 
 class Telling:
@@ -46,7 +54,7 @@ class Telling:
         self._reporter = reporter
         self._gone_inbox = gone_inbox
 
-    async def publish(self, request: GenerateRequest, chunk: Chunk) -> None:
+    async def publish(self, request: Request, chunk: Chunk) -> None:
         """To the request's own subject. A full or closed bus loses it; state moves on all the
         same: the api runs again what came to it with gaps.
         """
@@ -69,7 +77,9 @@ class Telling:
         )
 
     async def first_token(self, flight: InFlight) -> None:
-        """A token of ``flight`` leaves: tell, where it is the first one since the swap-in."""
+        """A token of ``flight``, or a vector, leaves: tell, where it is the first one since the
+        swap-in.
+        """
         replica, swap = flight.replica, flight.replica.last_swap_in
         if not replica.awaits_first_token or swap is None:
             return
@@ -87,6 +97,27 @@ class Telling:
                 first_token_s=now - began,
                 swap_s=swap.total_s,
             )
+        )
+
+    def finished(self, flight: InFlight, done: ipc.Done) -> Finished:
+        """The last chunk of ``flight``; its prefill and decode become spans."""
+        prefilled_at = flight.begun_at + done.prefill_s
+        if flight.begun_at:
+            self.span(flight, telemetry.SPAN_PREFILL, flight.begun_at, prefilled_at)
+            self.span(flight, telemetry.SPAN_DECODE, prefilled_at, prefilled_at + done.decode_s)
+        timing = RequestTiming(
+            queue_wait_s=flight.pulled_at - flight.request.created_at,
+            prefill_s=done.prefill_s,
+            decode_s=done.decode_s,
+        )
+        return Finished(
+            done.request_id,
+            flight.attempt,
+            done.finish_reason,
+            done.prompt_tokens,
+            done.completion_tokens,
+            timing,
+            done.text,
         )
 
     def span(self, flight: InFlight, name: str, start: float, end: float) -> None:

@@ -76,8 +76,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class Twins:
     """Layers of one kind that are called alike: the first one runs, the others repeat it.
 
-    A layer is repeated only if it caches K and V for itself alone, uses weights of its own only
-    and leaves its arguments as they were.
+    A layer is repeated only if it caches K and V for itself alone or not at all, uses weights of
+    its own only and leaves its arguments as they were.
     """
 
     def __init__(self, config: Any, cache: RecordingCache, watch: Watch) -> None:
@@ -101,16 +101,18 @@ class Twins:
         def answer(*args: Any, **kwargs: Any) -> Any:
             given = _outline((args, kwargs))
             if known := self._answers.get((kind, given)):
-                output, seen[index], _ = known
+                output, cached, _ = known
+                if cached is not None:
+                    seen[index] = cached
                 return output
             others = set(seen)
             self._watch.used.clear()
             output = forward(*args, **kwargs)
             own = {storage_of(tensor) for _, tensor in stored_tensors(layer)}
-            alone = seen.keys() - others == {index} and self._watch.used <= own
+            alone = seen.keys() - others <= {index} and self._watch.used <= own
             if alone and _outline((args, kwargs)) == given:
                 # Keeping the arguments keeps their ids, which `given` may hold, theirs.
-                self._answers[kind, given] = (output, seen[index], (args, kwargs))
+                self._answers[kind, given] = (output, seen.get(index), (args, kwargs))
             return output
 
         vars(layer)["forward"] = answer

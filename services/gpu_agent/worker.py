@@ -30,6 +30,7 @@ import argparse
 import ctypes
 import gc
 import logging
+import math
 import select
 import signal
 import socket
@@ -48,6 +49,7 @@ from schemas.state import ModelSpec
 from services.gpu_agent import ceiling, device, ipc
 from services.gpu_agent.background import Afterwards, Background, Outbox
 from services.gpu_agent.device_cpu import available_bytes
+from services.gpu_agent.engine.decode_graph import record_cuda
 from services.gpu_agent.engine.library import EngineOptions, OnProgress
 from services.gpu_agent.engine.native import NativeEngine
 from services.gpu_agent.pages import PagePool
@@ -58,6 +60,7 @@ logger = logging.getLogger(__name__)
 PROGRESS_EVERY_S: Final = 0.1
 MAX_CPU_BUDGET_BYTES: Final = 8 * 2**30
 HOST_SHARE: Final = 0.7  # of what is free at start, for host images
+HOST_KV_SHARE: Final = 0.1  # the same, for KV
 
 
 class Worker:
@@ -82,7 +85,7 @@ class Worker:
     def run(self) -> None:
         """Serve until told to stop. Raises ConnectionError when the other end is gone."""
         while self._is_open:
-            timeout = 0 if self._engine.is_busy or self._inbox else None
+            timeout = 0 if self._engine.is_busy or self._inbox else self._longest_wait_s()
             inputs = [self._sock.fileno(), self._background.fileno()]
             readable, _, _ = select.select(inputs, [], [], timeout)
             out: Outbox = []
@@ -96,6 +99,11 @@ class Worker:
             if self._is_open:
                 out += self._engine.step()
             self._send(out)
+
+    def _longest_wait_s(self) -> float | None:
+        """Until a suspended request's deadline; None, for ever, where there is none."""
+        deadline = self._engine.next_deadline
+        return None if math.isinf(deadline) else max(0.0, deadline - time.time())
 
     def _receive(self) -> None:
         """Take all messages that are there now. Raises ConnectionError where nobody sends."""
@@ -138,8 +146,8 @@ class Worker:
                 return self._load(model)
             case ipc.SwapIn(model):
                 return [self._engine.swap_in(model)]
-            case ipc.SwapOut(model):
-                return self._engine.swap_out(model)
+            case ipc.SwapOut(model, preempt):
+                return self._engine.swap_out(model, preempt)
             case ipc.Verify(model):
                 return self._engine.verify(model)
             case ipc.Submit(request):
@@ -205,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sock = socket.socket(fileno=options.fd)
         pool = _open_pool(options)
         pool.ceiling_gb_per_s = ceiling.measure(pool)
-        engine_options = _engine_options(options)
+        engine_options = _engine_options(options, pool)
         ready = ipc.Ready(
             pool.kind,
             pool.device_name,
@@ -234,8 +242,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--page-bytes", type=int, help="size of a page; else the device's default")
     parser.add_argument("--threads", type=int, help="compute threads; else all cores")
     parser.add_argument("--host-bytes", type=int, help="for host images; else 70 %% of free memory")
+    parser.add_argument("--host-kv-bytes", type=int, help="for KV; else 10 %% of free memory")
     parser.add_argument("--share-images", type=Path, help="folder to share host images by")
     parser.add_argument("--verify", choices=("sampled", "all", "off"), default="sampled")
+    parser.add_argument("--no-graphs", action="store_true", help="CUDA: launch every kernel anew")
     parser.add_argument("--link-gb-per-s", type=float, default=0.0, help="CPU: swap in no faster")
     return parser
 
@@ -249,13 +259,17 @@ def _open_pool(options: argparse.Namespace) -> PagePool:
     return pool
 
 
-def _engine_options(options: argparse.Namespace) -> EngineOptions:
+def _engine_options(options: argparse.Namespace, pool: PagePool) -> EngineOptions:
     """After the pool was opened: on CPU it takes from the same memory."""
-    host_bytes = options.host_bytes
-    if host_bytes is None:
-        host_bytes = int(HOST_SHARE * available_bytes())
-    exchange = ImageExchange(options.share_images) if options.share_images else None
-    return EngineOptions(host_bytes, options.verify, exchange)
+    free_bytes = available_bytes()
+    host_bytes, kv_bytes = options.host_bytes, options.host_kv_bytes
+    return EngineOptions(
+        host_budget_bytes=int(HOST_SHARE * free_bytes) if host_bytes is None else host_bytes,
+        host_kv_bytes=int(HOST_KV_SHARE * free_bytes) if kv_bytes is None else kv_bytes,
+        verify=options.verify,
+        exchange=ImageExchange(options.share_images) if options.share_images else None,
+        recorder=record_cuda if pool.kind == "cuda" and not options.no_graphs else None,
+    )
 
 
 def default_budget_bytes(kind: Literal["auto", "cpu", "cuda"], index: int) -> int:

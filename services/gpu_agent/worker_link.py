@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from services.gpu_agent import ipc
-from services.memcpy import with_streaming_copies
+from services.memcpy import with_tuned_memory
 from services.settings import GpuSettings, parse_bytes
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class WorkerLink:
                 *self._command(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=inherited,
-                env=with_streaming_copies(os.environ),
+                env=with_tuned_memory(os.environ),
                 start_new_session=True,  # Ctrl-C is for control, which stops us in order
             )
         except BaseException:
@@ -115,7 +115,11 @@ class WorkerLink:
             command += ["--threads", str(self._gpu.threads)]
         if self._gpu.host_memory != "auto":
             command += ["--host-bytes", str(parse_bytes(self._gpu.host_memory))]
+        if self._gpu.host_kv_memory != "auto":
+            command += ["--host-kv-bytes", str(parse_bytes(self._gpu.host_kv_memory))]
         command += ["--verify", self._gpu.verify, "--link-gb-per-s", str(self._gpu.link_gb_per_s)]
+        if not self._gpu.cuda_graphs:
+            command.append("--no-graphs")
         if self._images:
             command += ["--share-images", str(self._images)]
         return command

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from schemas import names
-from schemas.state import AgentStatus, DeploymentRecord
+from schemas.state import AgentStatus, DeploymentRecord, ReplicaStatus
 from services.bus import Bucket, Bus, BusOptions, Message
 
 _LISTEN_S = 1.3  # a little over the agents' heartbeat
@@ -70,7 +71,7 @@ def _gpu_table(snapshot: Snapshot) -> Table:
             _mib(status.budget_bytes),
             f"{_mib(status.host_used_bytes)} of {_mib(status.host_budget_bytes)}",
             ", ".join(resident) or "-",
-            str(sum(r.in_flight for r in status.replicas)),
+            _requests(status.replicas),
         )
     if not snapshot.agents:
         table.caption = "no agent answered: is `hotswap up` running?"
@@ -81,7 +82,7 @@ def _model_table(snapshot: Snapshot) -> Table:
     table = Table("model", "status", "state", "weights", "KV reserve", "context", title="Models")
     for model, record in sorted(snapshot.deployments.items()):
         states = [
-            f"{r.state} on {gpu}" + (f" ({_mib(r.cached_bytes)} kept)" if r.cached_bytes else "")
+            f"{r.state} on {gpu}{_details(r)}"
             for gpu, status in sorted(snapshot.agents.items())
             for r in status.replicas
             if r.model == model
@@ -96,6 +97,22 @@ def _model_table(snapshot: Snapshot) -> Table:
             str(facts.max_model_len) if facts else "-",
         )
     return table
+
+
+def _requests(replicas: Sequence[ReplicaStatus]) -> str:
+    suspended = sum(r.in_flight for r in replicas if r.state == "host")
+    running = sum(r.in_flight for r in replicas) - suspended
+    return f"{running} + {suspended} suspended" if suspended else str(running)
+
+
+def _details(replica: ReplicaStatus) -> str:
+    """What waits at a replica that is not on the device, and what it left there."""
+    words = []
+    if replica.state == "host" and replica.in_flight:
+        words.append(f"{replica.in_flight} suspended")
+    if replica.cached_bytes:
+        words.append(f"{_mib(replica.cached_bytes)} kept")
+    return f" ({', '.join(words)})" if words else ""
 
 
 def _mib(num_bytes: int) -> str:

@@ -60,10 +60,12 @@ def absorb(state: ClusterState, event: Input, now: float) -> None:
         case SwapInCompleted():
             replica = _answered(state, event.gpu, event.model, event.generation, "swap_in")
             if replica:
+                replica.swap_s = event.trace.total_s
                 _complete(replica, "swap_in", now)
         case SwapOutCompleted():
             replica = _answered(state, event.gpu, event.model, event.generation, "swap_out")
             if replica:
+                replica.in_flight = event.num_suspended
                 _complete(replica, "swap_out", now)
         case CommandFailed():
             replica = _answered(state, event.gpu, event.model, event.generation, event.command)
@@ -121,7 +123,7 @@ def _complete(replica: Replica, kind: CommandKind, now: float) -> None:
 
 def _unload(state: ClusterState, event: ModelUnloaded, now: float) -> None:
     """The host image is gone, unless it was loaded again since, or a swap-in is on its way: the
-    agent rejects that one.
+    agent rejects that one. Requests that were suspended go back to the queue with it.
     """
     agent = state.agents.get(event.gpu)
     replica = state.find_replica(event.gpu, event.model)
@@ -133,6 +135,7 @@ def _unload(state: ClusterState, event: ModelUnloaded, now: float) -> None:
     replica.life.move("unloaded", now)
     replica.last_kind = "unload"
     replica.believe_at = None
+    replica.in_flight = 0
 
 
 def _count_in_flight(state: ClusterState, gpu: str, model: str, change: int, now: float) -> None:

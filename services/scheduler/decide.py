@@ -10,14 +10,14 @@ Every call takes three steps:
 2. *Keep house*, unless the news was about a request: register what agents do not know yet; on a
    `Tick` also give up silent agents, try failed replicas again, and repeat what got no answer.
 3. *Serve*: call off what nobody waits for, then the models in line in turn
-   (`services.scheduler.policy` chooses), then preload.
+   (`services.scheduler.turns` orders them, `services.scheduler.policy` chooses), then preload.
 
 A command moves the belief as it is written, so that no later choice counts its bytes as free.
 """
 
 from schemas.commands import Command, Load, Register, SwapIn, SwapOut
 from schemas.events import RequestEnded, RequestStarted, RequestWithdrawn
-from services.scheduler import host_memory, policy
+from services.scheduler import host_memory, policy, turns, victims
 from services.scheduler.absorb import absorb
 from services.scheduler.inputs import Demand, Input, Tick
 from services.scheduler.lifecycle import CommandKind
@@ -69,7 +69,16 @@ def _repeat_unanswered(state: ClusterState, now: float) -> list[Command]:
     """Under a new generation, so that an agent that missed nothing just answers once more."""
     timeout_s = state.config.command_timeout_s
     return [
-        _command(state, replica, replica.pending.kind, now, replica.pending.request_id)
+        _command(
+            state,
+            replica,
+            replica.pending.kind,
+            now,
+            replica.pending.request_id,
+            waiting_since=replica.pending.waiting_since,
+            decided_at=replica.pending.decided_at,
+            preempt=replica.pending.preempt,
+        )
         for agent in state.usable_agents()
         for replica in agent.replicas.values()
         if replica.pending
@@ -113,40 +122,51 @@ def _call_off(state: ClusterState, now: float) -> list[Command]:
 def _serve(state: ClusterState, now: float) -> list[Command]:
     """Bring the models in line closer to memory: those with a plan first, then by waiting time."""
     claims: policy.Claims = {}
+    closed: dict[str, None] = {}
     commands = _follow_plans(state, claims, now)
-    for model in policy.unserved_models(state):
-        placement = policy.place(state, model, claims, now)
+    for turn in turns.line(state):
+        model = turn.model
+        if model in state.plans:
+            continue
+        placement = policy.place(state, turn, claims, now, closed)
         if placement is None:
             continue
         gpu = placement.gpu
         replica = state.agents[gpu].replicas[model]
-        line = state.waiting[model]
-        request_id = line.earliest.request_id
         if placement.victims or placement.action in ("swap_in", "load", "wait"):
-            line.note_decision(now)
-        if placement.action in ("swap_in", "load"):
-            kind: CommandKind = "swap_in" if placement.action == "swap_in" else "load"
-            commands.append(_command(state, replica, kind, now, request_id))
+            turns.note_decision(state, turn, now)
+        if placement.action == "swap_in":
+            commands.append(_swap_in(state, replica, turn, now))
+            continue
+        if placement.action == "load":
+            commands.append(_command(state, replica, "load", now, turn.request_id))
             continue
         for victim in placement.victims:
             leaving = state.agents[gpu].replicas[victim]
-            commands.append(_command(state, leaving, "swap_out", now, request_id))
+            preempt = (
+                placement.action == "evict"
+                and not victims.is_idle(state, leaving)
+                and victims.may_preempt(state, leaving)
+            )
+            commands.append(
+                _command(state, leaving, "swap_out", now, turn.request_id, preempt=preempt)
+            )
         if placement.action == "make_room":
-            claims[gpu] = state.agents[gpu].budget_bytes
+            closed[gpu] = None
             continue
         if placement.action != "claim":
-            state.plans[model] = Plan(model, gpu, request_id)
+            state.plans[model] = Plan(model, gpu, turn.request_id)
         claims[gpu] = claims.get(gpu, 0) + replica.footprint_bytes
-    return commands
+    return commands + _cut_drains_short(state, closed, now)
 
 
 def _follow_plans(state: ClusterState, claims: policy.Claims, now: float) -> list[Command]:
     """Go on with what was begun, in the order in which it was begun:
 
-    1. nobody waits for it any more, or it can not be done there: call it off.
+    1. nobody waits for it there any more, or it can not be done: call it off.
     2. the bytes are there: swap in.
     3. the bytes are on their way out: they stay claimed.
-    4. they are not (a victim would not leave): call it off, back in line by its waiters' time.
+    4. they are not (a victim would not leave): call it off, back in line by its own turn.
     """
     commands: list[Command] = []
     for model, plan in list(state.plans.items()):
@@ -157,19 +177,29 @@ def _follow_plans(state: ClusterState, claims: policy.Claims, now: float) -> lis
         possible = (
             agent.is_usable and replica.state == "host" and policy.can_host(agent, replica, now)
         )
-        served = any(map(policy.serves, state.usable_replicas(model)))
-        if model not in state.waiting or served or not possible:  # 1
+        turn = turns.turn_at(state, model, plan.gpu)
+        if turn is None or not possible:  # 1
             del state.plans[model]
         elif spare >= size and agent.free_bytes >= size:  # 2
             del state.plans[model]
-            line = state.waiting[model]
-            line.note_decision(now)
-            commands.append(_command(state, replica, "swap_in", now, line.earliest.request_id))
+            turns.note_decision(state, turn, now)
+            commands.append(_swap_in(state, replica, turn, now))
         elif spare >= size:  # 3
             claims[plan.gpu] = claims.get(plan.gpu, 0) + size
         else:  # 4
             del state.plans[model]
     return commands
+
+
+def _cut_drains_short(state: ClusterState, closed: dict[str, None], now: float) -> list[Command]:
+    """Where a plan waits for bytes whose owner was idle when it was told to leave, and is not."""
+    gpus = dict.fromkeys(plan.gpu for plan in state.plans.values())
+    return [
+        _command(state, replica, "swap_out", now, replica.pending.request_id, preempt=True)
+        for gpu in gpus
+        for replica in victims.drains_to_cut_short(state, state.agents[gpu], closed, now)
+        if replica.pending
+    ]
 
 
 def _preload(state: ClusterState, now: float) -> list[Command]:
@@ -181,8 +211,29 @@ def _preload(state: ClusterState, now: float) -> list[Command]:
     return commands
 
 
+def _swap_in(state: ClusterState, replica: Replica, turn: turns.Turn, now: float) -> Command:
+    since, decided_at = turn.since, turns.decided_at(state, turn)
+    return _command(
+        state,
+        replica,
+        "swap_in",
+        now,
+        turn.request_id,
+        waiting_since=since,
+        decided_at=decided_at,
+    )
+
+
 def _command(
-    state: ClusterState, replica: Replica, kind: CommandKind, now: float, request_id: str = ""
+    state: ClusterState,
+    replica: Replica,
+    kind: CommandKind,
+    now: float,
+    request_id: str = "",
+    *,
+    waiting_since: float = 0.0,
+    decided_at: float = 0.0,
+    preempt: bool = False,
 ) -> Command:
     """Write the command and believe at once that it is under way.
 
@@ -194,7 +245,7 @@ def _command(
     replica.floor = replica.generation
     replica.last_kind = kind
     replica.believe_at = None
-    replica.pending = Pending(kind, request_id, sent_at=now, seen_at=now)
+    replica.pending = Pending(kind, request_id, now, now, waiting_since, decided_at, preempt)
     where = (replica.gpu, replica.model, state.epoch, replica.generation)
     match kind:
         case "register":
@@ -202,8 +253,6 @@ def _command(
         case "load":
             return Load(*where, request_id)
         case "swap_in":
-            line = state.waiting.get(replica.model)
-            times = (line.earliest.at, line.decided_at) if line else (0.0, 0.0)
-            return SwapIn(*where, request_id, *times)
+            return SwapIn(*where, request_id, waiting_since, decided_at)
         case "swap_out":
-            return SwapOut(*where, request_id)
+            return SwapOut(*where, request_id, preempt)

@@ -3,12 +3,13 @@
 Past its budget an agent drops host images itself, the least recently used one first, but never
 one whose model is on the device or on its way there::
 
-    |<--------------------------- host_budget_bytes --------------------------->|
-    | loading, on the device | host, ahead in line | host, idle or behind | free |
-    |                                              |<-- may be dropped -->|      |
+    |<------------------------------- host_budget_bytes --------------------------------->|
+    | loading, on the device | host, ahead | host, suspended | host, idle or behind | free |
+    |                                                        |<-- may be dropped -->|      |
 
 An image whose model is ahead in line is left alone, or two models that both wait would drop each
-other's images for ever, and neither come in.
+other's images for ever, and neither come in. So is one whose requests are suspended: they would
+start over, and could be preempted and start over for ever.
 """
 
 from services.scheduler.lifecycle import LEAVING_STATES
@@ -44,7 +45,7 @@ def shortage(state: ClusterState, agent: Agent, replica: Replica) -> int:
     droppable_bytes = sum(
         r.image_bytes
         for r in agent.replicas.values()
-        if r.state == "host" and not _is_ahead(state, r.model, replica.model)
+        if r.state == "host" and not r.is_suspended and not _is_ahead(state, r.model, replica.model)
     )
     kept_bytes = agent.image_bytes - droppable_bytes
     return kept_bytes + replica.weight_bytes - agent.host_budget_bytes
@@ -60,7 +61,16 @@ def is_dropping(agent: Agent) -> bool:
 
 def leaving_bytes(agent: Agent) -> int:
     """Bytes of images that may be dropped as soon as their models have left the device."""
-    return sum(r.image_bytes for r in agent.replicas.values() if r.state in LEAVING_STATES)
+    return sum(
+        r.image_bytes
+        for r in agent.replicas.values()
+        if r.state in LEAVING_STATES and not r.is_suspending
+    )
+
+
+def suspended_images(agent: Agent) -> list[Replica]:
+    """Images that may be dropped once their suspended requests have gone on and ended."""
+    return [r for r in agent.replicas.values() if r.is_suspended or r.is_suspending]
 
 
 def _is_ahead(state: ClusterState, model: str, of: str) -> bool:

@@ -23,6 +23,9 @@ agent holds the truth. Belief changes in two ways, and both are written to the h
 
 A swap-in that nobody waits for any more is called off: a ``swap_out`` from ``swapping_in``. At
 the agent it may have been done by then, so from here on it is a swap-out like any other.
+A swap-out that preempts takes the same path, but does not stay in ``draining``: what runs is
+suspended, and the replica is ``host`` with requests in flight. Those go on after its next swap-in,
+on this GPU alone; should the agent lose the image or the worker, they are back in the queue.
 ``unloaded`` is the agent's own doing: it drops host images to make room for others.
 
 Before ``cold`` there is a stage that the agent has no state for: the model is not registered,

@@ -1,13 +1,13 @@
-"""Which model comes next, where to, and who has to leave: pure choices.
+"""Where the next model goes, and who has to leave for it: pure choices.
 
 Nothing here changes the state; `services.scheduler.decide` does what these functions choose.
 
-Models wait in one line, by their earliest waiter. *Claims* are bytes of a GPU that are spoken
-for by models ahead in line: what is freed for one model is never given to a later one.
-A model is *overdue* when its earliest waiter has waited longer than the run quantum.
+Models wait in one line, by their turns (`services.scheduler.turns`). *Claims* are bytes of a GPU
+that are spoken for by models ahead in line: what is freed for one model is never given to a later
+one. A turn is *overdue* when it has waited longer than the run quantum.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -15,7 +15,15 @@ import msgspec
 from services.scheduler import host_memory
 from services.scheduler.lifecycle import DEVICE_STATES
 from services.scheduler.replica import Agent, Replica
-from services.scheduler.state import ClusterState, line_order
+from services.scheduler.state import ClusterState
+from services.scheduler.turns import Turn
+from services.scheduler.victims import (
+    busy_victims,
+    choose_victims,
+    idle_victims,
+    image_bytes,
+    is_idle,
+)
 
 Action: TypeAlias = Literal["swap_in", "wait", "evict", "load", "claim", "make_room"]
 Claims: TypeAlias = dict[str, int]  # gpu -> bytes
@@ -26,30 +34,15 @@ class Placement(msgspec.Struct, frozen=True):
 
     ``swap_in``: it fits. ``wait``: bytes already on their way out will do. ``evict``: swap out
     ``victims`` first. ``load``: there is no host image. ``claim``: nothing can be done yet, but
-    it is overdue, so models behind it must not take bytes of this GPU. ``make_room``: swap out
-    ``victims``, so that their host images may be dropped for this one; until then no model behind
-    it may come in on this GPU, or its image would be in the way instead.
+    it is overdue, so models behind it must not take bytes of this GPU. ``make_room``: drain
+    ``victims``, so that their host images may be dropped for this one; until then the GPU is
+    *closed*: no model behind may come in, or its image would be in the way instead, but those
+    with suspended requests there, whose images are in the way until these have ended.
     """
 
     gpu: str
     action: Action
     victims: tuple[str, ...] = ()
-
-
-def serves(replica: Replica) -> bool:
-    """Resident or about to be: its waiters need no decision."""
-    return replica.state in ("resident", "swapping_in")
-
-
-def unserved_models(state: ClusterState) -> list[str]:
-    """Models with waiters that are not resident nor coming, earliest waiter first."""
-    return [
-        model
-        for model, line in sorted(
-            state.waiting.items(), key=lambda item: line_order(item[1].earliest)
-        )
-        if model not in state.plans and not any(map(serves, state.usable_replicas(model)))
-    ]
 
 
 def can_host(agent: Agent, replica: Replica, now: float) -> bool:
@@ -71,8 +64,8 @@ def is_loading_for_waiters(state: ClusterState, agent: Agent) -> bool:
     return any(r.state == "loading" and r.model in state.waiting for r in agent.replicas.values())
 
 
-def is_overdue(state: ClusterState, model: str, now: float) -> bool:
-    return now - state.waiting[model].earliest.at > state.config.run_quantum_s
+def is_overdue(state: ClusterState, turn: Turn, now: float) -> bool:
+    return now - turn.since > state.config.run_quantum_s
 
 
 def arrivals_to_call_off(state: ClusterState) -> list[Replica]:
@@ -88,74 +81,6 @@ def arrivals_to_call_off(state: ClusterState) -> list[Replica]:
         for replica in agent.replicas.values()
         if replica.pending and replica.pending.kind == "swap_in" and is_idle(state, replica)
     ]
-
-
-# -- victims -------------------------------------------------------------------------------
-
-
-def _can_leave(replica: Replica, now: float) -> bool:
-    """Resident and free to be commanded; one that failed to leave is left alone for a while."""
-    return (
-        replica.state == "resident"
-        and replica.is_settled
-        and (replica.failure is None or replica.failure.retry_at <= now)
-    )
-
-
-def is_idle(state: ClusterState, replica: Replica) -> bool:
-    return replica.in_flight == 0 and replica.model not in state.waiting
-
-
-def idle_victims(state: ClusterState, agent: Agent, now: float) -> list[Replica]:
-    """Idle residents, least recently used first."""
-    idle = [r for r in agent.replicas.values() if _can_leave(r, now) and is_idle(state, r)]
-    return sorted(idle, key=lambda r: r.last_used)
-
-
-def busy_victims(state: ClusterState, agent: Agent, now: float) -> list[Replica]:
-    """Busy residents that had their run quantum, least recently swapped in first."""
-    quantum_s = state.config.run_quantum_s
-    busy = [
-        r
-        for r in agent.replicas.values()
-        if _can_leave(r, now) and not is_idle(state, r) and now - r.resident_since >= quantum_s
-    ]
-    return sorted(busy, key=lambda r: r.resident_since)
-
-
-def _device_bytes(replica: Replica) -> int:
-    return replica.device_bytes
-
-
-def _image_bytes(replica: Replica) -> int:
-    return replica.image_bytes
-
-
-def choose_victims(
-    candidates: Sequence[Replica],
-    need_bytes: int,
-    size: Callable[[Replica], int] = _device_bytes,
-) -> tuple[Replica, ...] | None:
-    """The smallest prefix of ``candidates`` that frees ``need_bytes``, less what it can spare.
-
-    ``size`` says what one of them frees. None if all of them together do not free enough.
-    ``need_bytes <= 0`` needs nobody.
-    """
-    chosen: list[Replica] = []
-    freed_bytes = 0
-    for replica in candidates:
-        if freed_bytes >= need_bytes:
-            break
-        chosen.append(replica)
-        freed_bytes += size(replica)
-    if freed_bytes < need_bytes:
-        return None
-    # The last one may be so large that some before it can stay: spare the most recent first.
-    for replica in reversed(chosen[:-1]):
-        if freed_bytes - size(replica) >= need_bytes:
-            chosen.remove(replica)
-            freed_bytes -= size(replica)
-    return tuple(chosen)
 
 
 # -- placement -----------------------------------------------------------------------------
@@ -181,19 +106,24 @@ class _Option(msgspec.Struct, frozen=True):
 
 
 def pressure(state: ClusterState, agent: Agent) -> float:
-    """Share of the budget held by replicas that have requests running or waiting."""
+    """Share of the budget that is held by replicas with requests running or waiting, or that
+    suspended requests will need there.
+    """
     busy_bytes = sum(
-        r.device_bytes
+        r.footprint_bytes
         for r in agent.replicas.values()
-        if r.state in DEVICE_STATES and not is_idle(state, r)
+        if r.is_suspended or (r.state in DEVICE_STATES and not is_idle(state, r))
     )
     return busy_bytes / agent.budget_bytes if agent.budget_bytes else 1.0
 
 
-def place(state: ClusterState, model: str, claims: Claims, now: float) -> Placement | None:
-    """Where the waiting ``model`` goes; None if nothing can be done for it now.
+def place(
+    state: ClusterState, turn: Turn, claims: Claims, now: float, closed: Collection[str] = ()
+) -> Placement | None:
+    """Where the model of ``turn`` goes; None if nothing can be done for it now.
 
-    Of all usable agents where it is registered and no larger than the device, take the one
+    Suspended requests can go on only where they are, so their GPU is the one to look at. Else, of
+    all usable agents where the model is registered and no larger than the device, take the one
     with the lowest number here; among equals the one with the least `pressure`, then the
     fewest bytes evicted, then the fewest to copy, then the most free bytes:
 
@@ -201,27 +131,33 @@ def place(state: ClusterState, model: str, claims: Claims, now: float) -> Placem
     2. host image there, and with the bytes on their way out it fits: wait for them.
     3. host image there, and idle victims make room: evict them.
     4. no host image, but the room is there or idle victims would make it: load.
-    5. host image there, overdue, and busy victims that had their quantum make room: evict.
+    5. host image there, overdue, and busy victims that had their quantum make room: evict. They
+       are preempted: their requests are suspended, and wait for their own turn. Those of a
+       deployment that must not be interrupted are drained.
     6. no host image, and no room in sight: load, so that it is ready when there is.
     7. host image there, overdue: claim.
-    8. no host image, and host memory is full of images of models on the device: swap out idle
-       ones, or busy ones that had their quantum if it is overdue, to make room for it.
+    8. no host image, and host memory is full of images of models on the device or with suspended
+       requests: swap out idle ones to make room for it; if it is overdue also drain busy ones
+       that had their quantum, and let suspended ones in so that they get drained in their turn.
+       Nobody is preempted here: requests whose image is dropped start over.
 
     4, 6 and 8 only while it is not being loaded anywhere, 6 and 8 only if it has no host image
     at all, and 4 and 6 only where host memory has room or images that may be dropped. Nothing
     is loaded where another waiting model's load still runs.
     """
-    replicas = state.usable_replicas(model)
+    replicas = state.usable_replicas(turn.model)
     may_load = not any(r.state == "loading" for r in replicas)
     has_image = any(r.state == "host" for r in replicas)
-    overdue = is_overdue(state, model, now)
+    overdue = is_overdue(state, turn, now)
     options: list[_Option] = []
     for replica in replicas:
         agent = state.agents[replica.gpu]
-        if not can_host(agent, replica, now):
+        if turn.gpu not in ("", agent.gpu) or not can_host(agent, replica, now):
             continue
         free = agent.free_bytes
-        deficit = replica.footprint_bytes + claims.get(agent.gpu, 0) - free - agent.leaving_bytes
+        is_closed = agent.gpu in closed and not turn.gpu
+        claimed = agent.budget_bytes if is_closed else claims.get(agent.gpu, 0)
+        deficit = replica.footprint_bytes + claimed - free - agent.leaving_bytes
         idle = idle_victims(state, agent, now)
         victims = choose_victims(idle, deficit)
         action: Action
@@ -247,14 +183,16 @@ def place(state: ClusterState, model: str, claims: Claims, now: float) -> Placem
                 continue
             else:
                 busy = busy_victims(state, agent, now) if overdue else []
+                last = host_memory.suspended_images(agent) if overdue else []
                 shortage -= host_memory.leaving_bytes(agent)
-                victims = choose_victims([*idle, *busy], shortage, _image_bytes)
+                victims = choose_victims([*idle, *busy, *last], shortage, image_bytes)
                 if victims is None and not overdue:
                     continue
                 rank, action = 8, "make_room"
         else:
             continue
         leaving = (victims or ()) if action in ("evict", "make_room") else ()
+        leaving = tuple(r for r in leaving if r.state == "resident")  # the rest is let in first
         options.append(
             _Option(
                 rank=rank,

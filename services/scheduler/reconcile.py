@@ -20,7 +20,8 @@ For one replica, ``theirs`` being what the status says and ``ours`` the belief:
 3. Nothing is unanswered:
    a. they agree.
    b. theirs comes earlier on the path of the last command, or ours is ``failed`` (an event said
-      so): most likely a late status. Dispute.
+      so): most likely a late status. Dispute. Its count of requests is as late: running ones
+      would look like suspended ones of a replica that has left the device.
    c. anything else: adopt.
 
 A new engine worker starts with every replica cold, so 2c for ``cold`` and 3b become: adopt.
@@ -106,6 +107,7 @@ def retire_instance(agent: Agent, now: float) -> None:
 
 def adopt(replica: Replica, theirs: ReplicaStatus, now: float, why: str) -> None:
     """Believe ``theirs``, word for word. An unanswered command is void."""
+    was = replica.state
     replica.life.adopt(theirs.state, now, why)
     replica.generation = max(replica.generation, theirs.generation)
     replica.floor = theirs.generation
@@ -116,6 +118,8 @@ def adopt(replica: Replica, theirs: ReplicaStatus, now: float, why: str) -> None
     replica.last_kind = None
     replica.believe_at = None
     replica.resident_since = now
+    if was != "host":  # else requests that are suspended wait as long as we knew
+        replica.host_since = now
     if theirs.state == "failed" and replica.failure is None:
         # Nobody told what failed. The retry starts over with a register, whatever it was.
         replica.failure = Failure("register", theirs.reason or "the agent says so", 1, now)
@@ -141,7 +145,7 @@ def _judge(
     if theirs.generation > replica.generation:
         adopt(replica, theirs, now, "commanded by an earlier leader")
         return
-    replica.in_flight = theirs.in_flight
+    in_flight, replica.in_flight = replica.in_flight, theirs.in_flight
     # 2. Accepted but unanswered.
     if pending is not None and pending.kind == "register":
         if theirs.facts is not None and theirs.state != "failed":
@@ -171,7 +175,10 @@ def _judge(
         replica.facts = theirs.facts or replica.facts
     elif was_replaced:
         adopt(replica, theirs, now, "the engine worker was replaced")
-    elif replica.state == "failed" or is_behind(replica.last_kind, replica.state, theirs.state):
+    elif replica.state == "failed":
+        _dispute(replica, theirs, config, now)
+    elif is_behind(replica.last_kind, replica.state, theirs.state):
+        replica.in_flight = in_flight
         _dispute(replica, theirs, config, now)
     else:
         adopt(replica, theirs, now, "the agent knows better")
@@ -195,6 +202,8 @@ def finish(replica: Replica, kind: CommandKind, now: float) -> None:
     if kind == "swap_in":
         replica.resident_since = now
         replica.last_used = now
+    elif kind in ("load", "swap_out"):
+        replica.host_since = now
     _forgive(replica, kind)
 
 
@@ -206,6 +215,8 @@ def fail(
     replica.pending = None
     replica.believe_at = None
     replica.last_kind = None
+    if kind == "swap_in":
+        replica.in_flight = 0  # the agent has handed all back to the queue
     num_failures = replica.failure.num_failures + 1 if replica.failure else 1
     wait_s = min(config.retry_s * 2 ** min(num_failures - 1, 32), config.retry_max_s)
     replica.failure = Failure(

@@ -11,6 +11,9 @@ A replica's footprint is reserved from the moment its SwapIn is commanded until 
 SwapOutCompleted is seen. What a swapped-out model left behind on the device (`cached_bytes`) is
 free: its pages are taken when they are needed.
 
+A replica in state ``host`` with requests in flight has *suspended* requests: they were preempted,
+wait at its agent, and can go on nowhere else (`services.scheduler.turns`).
+
 Host memory is the agent's to manage: past ``host_budget_bytes`` it drops the least recently used
 image that is not in use.
 """
@@ -35,12 +38,15 @@ NUM_PAST_INSTANCES = 16
 
 @dataclass(slots=True)
 class Pending:
-    """A command that has no answer yet."""
+    """A command that has no answer yet. What it said is kept, to say it again."""
 
     kind: CommandKind
     request_id: str
     sent_at: float
     seen_at: float  # when the agent last showed that it is at it
+    waiting_since: float = 0.0  # of a swap-in
+    decided_at: float = 0.0  # likewise
+    preempt: bool = False  # of a swap-out
 
 
 @dataclass(slots=True)
@@ -63,11 +69,13 @@ class Replica:
     __slots__ = (
         "believe_at",
         "cached_bytes",
+        "decided_at",
         "facts",
         "failure",
         "floor",
         "generation",
         "gpu",
+        "host_since",
         "in_flight",
         "last_kind",
         "last_used",
@@ -76,6 +84,7 @@ class Replica:
         "model",
         "pending",
         "resident_since",
+        "swap_s",
     )
 
     def __init__(self, gpu: str, model: str) -> None:
@@ -93,6 +102,13 @@ class Replica:
         self.failure: Failure | None = None
         self.last_used = 0.0
         self.resident_since = 0.0
+        self.host_since = (
+            0.0  # when it was loaded or swapped out; its suspended requests wait since
+        )
+        self.decided_at = (
+            0.0  # first command to bring those back; before that, that for earlier ones
+        )
+        self.swap_s = 0.0  # what its last swap-in took; 0: unknown
         self.believe_at: float | None = None  # set: the agent disagrees; from then on it is right
 
     @property
@@ -116,6 +132,26 @@ class Replica:
     @property
     def weight_bytes(self) -> int:
         return self.facts.weight_bytes if self.facts else 0
+
+    @property
+    def serves(self) -> bool:
+        """Resident or about to be: waiters of its model need no decision."""
+        return self.state in ("resident", "swapping_in")
+
+    @property
+    def is_suspended(self) -> bool:
+        """Its requests were preempted, and wait here for its next swap-in."""
+        return self.state == "host" and self.in_flight > 0
+
+    @property
+    def is_suspending(self) -> bool:
+        """On its way out with its requests. An agent that drains one first gets no further than
+        ``draining`` with requests, so this can be told without having commanded it.
+        """
+        if self.in_flight == 0:
+            return False
+        preempts = self.pending is not None and self.pending.preempt
+        return self.state == "swapping_out" or (self.state == "draining" and preempts)
 
     @property
     def is_settled(self) -> bool:
@@ -192,6 +228,8 @@ def replica_faults(gpu: str, model: str, replica: Replica) -> list[str]:
         wrong.append(f"{name}: in_flight is {replica.in_flight}")
     if replica.pending and replica.state not in PENDING_STATES[replica.pending.kind]:
         wrong.append(f"{name}: {replica.pending.kind} is pending; history {replica.life.history}")
+    if replica.pending and replica.pending.preempt and replica.pending.kind != "swap_out":
+        wrong.append(f"{name}: a {replica.pending.kind} that preempts is pending")
     if replica.state == "failed" and replica.failure is None:
         wrong.append(f"{name} has no failure; history {replica.life.history}")
     if replica.state in DEVICE_STATES and replica.facts is None:

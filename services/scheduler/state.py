@@ -5,6 +5,8 @@
                  |- waiting: model -> WaitingLine of Waiter     (models with waiters only)
                  '- plans: model -> Plan                        (bytes being freed for a model)
 
+Requests that wait are of two kinds, waiters and suspended ones: see `services.scheduler.turns`.
+
 Only `decide` writes to it. Dicts keep insertion order, which is the order of decisions.
 """
 
@@ -23,9 +25,10 @@ NUM_GONE_REQUESTS = 4096
 
 
 class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The policy's knobs. All are seconds."""
+    """The policy's knobs. ``_s``: seconds."""
 
-    run_quantum_s: float = 1.0  # a busy replica may be drained after this long in memory
+    run_quantum_s: float = 1.0  # a busy replica may be preempted after this long in memory,
+    preempt_factor: float = 4.0  # and after so many times what its last swap-in took
     retry_s: float = 10.0  # first retry of a failed replica; doubles with each failure
     retry_max_s: float = 300.0
     command_timeout_s: float = 60.0  # an unanswered command is sent again
@@ -98,7 +101,7 @@ class Plan(msgspec.Struct, frozen=True):
 
     model: str
     gpu: str
-    request_id: str  # the waiter it was made for
+    request_id: str  # the waiter it was made for; empty: suspended requests
 
 
 class DeploymentView(msgspec.Struct, frozen=True):
@@ -137,12 +140,21 @@ class ClusterState:
         agents = self.usable_agents()
         return [agent.replicas[model] for agent in agents if model in agent.replicas]
 
+    def suspended_replicas(self) -> list[Replica]:
+        """Those whose suspended requests wait for their next swap-in."""
+        return [
+            replica
+            for agent in self.usable_agents()
+            for replica in agent.replicas.values()
+            if replica.is_suspended
+        ]
+
     def find_replica(self, gpu: str, model: str) -> Replica | None:
         agent = self.agents.get(gpu)
         return agent.replicas.get(model) if agent else None
 
     def num_in_flight(self, model: str) -> int:
-        """Requests of ``model`` that live agents are running."""
+        """Requests of ``model`` that live agents have, running or suspended."""
         return sum(r.in_flight for r in self.usable_replicas(model))
 
     def deployment_view(self, model: str) -> DeploymentView:
@@ -199,7 +211,9 @@ class ClusterState:
                 del self.waiting[model]
 
     def match_depths(self, depths: dict[str, int], at: float) -> None:
-        """Make each line as long as the queue was at ``at``, less what agents are running.
+        """Make each line as long as the queue was at ``at``, less what agents have in flight.
+
+        The queue holds a request until it ends, so suspended ones are in its count too.
 
         Waiters younger than ``at`` are not in the count and stay. A surplus is dropped from the
         front: those are the ones whose start was missed. Missing ones get a made-up id.
@@ -236,6 +250,9 @@ class ClusterState:
         for model, plan in self.plans.items():
             if plan.model != model or plan.gpu not in self.agents:
                 wrong.append(f"plan for {model!r} is {plan}")
+            pinned = [r.gpu for r in self.suspended_replicas() if r.model == model]
+            if pinned and plan.gpu not in pinned:
+                wrong.append(f"{plan}, but {model!r} has suspended requests on {pinned}")
         if wrong:
             raise InvariantViolation("; ".join(wrong))
 

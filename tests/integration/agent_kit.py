@@ -17,7 +17,7 @@ from schemas import names
 from schemas.commands import Command, Load, Register, SwapIn, SwapOut
 from schemas.events import Event, ModelLoaded, ModelRegistered, RequestEnded, SwapInCompleted
 from schemas.requests import CancelRequest, GenerateRequest, SamplingParams, TextPrompt
-from schemas.state import AgentStatus, ModelSpec, ResidencyRecord
+from schemas.state import AgentStatus, ModelSpec, Preemption, ResidencyRecord
 from schemas.stream import Chunk, Failed, Finished
 from services.bus import Bucket, Bus, Message, WorkQueue, declare
 from services.gpu_agent import worker_link
@@ -130,8 +130,16 @@ class Agent:
         await bus.publish(names.command_subject(GPU), command)
         await bus.flush()
 
-    async def register(self, model: str, source: str = "fake", max_batch: int = 4) -> int:
-        spec = self._specs[model] = ModelSpec(name=model, source=source, max_batch=max_batch)
+    async def register(
+        self,
+        model: str,
+        source: str = "fake",
+        max_batch: int = 4,
+        preemption: Preemption = "preserve",
+    ) -> int:
+        spec = self._specs[model] = ModelSpec(
+            name=model, source=source, max_batch=max_batch, preemption=preemption
+        )
         generation = next(self._generations)
         await self.send(Register(GPU, model, self.epoch, generation, spec))
         return generation
@@ -145,14 +153,18 @@ class Agent:
     async def swap_out(self, model: str) -> int:
         return await self._command(SwapOut, model)
 
-    async def _command(self, kind: type[Load | SwapIn | SwapOut], model: str) -> int:
+    async def preempt(self, model: str) -> int:
+        return await self._command(SwapOut, model, preempt=True)
+
+    async def _command(self, kind: type[Load | SwapIn | SwapOut], model: str, **more: Any) -> int:
         generation = next(self._generations)
-        await self.send(kind(GPU, model, self.epoch, generation))
+        await self.send(kind(GPU, model, self.epoch, generation, **more))
         return generation
 
     async def bring_in(self, model: str, **how: Any) -> None:
         """Register, load and swap in; each step waits for its own command's end, never for
-        that of an earlier one."""
+        that of an earlier one.
+        """
         generation = await self.register(model, **how)
         await self.events.until(ModelRegistered, model=model, generation=generation)
         await self._load_and_swap_in(model)

@@ -10,10 +10,14 @@ What a model does follows from its source, what a request does from its prompt:
                          is submitted meanwhile is answered after that
             "damaged"    arrives, and is found to be corrupt
             "dropped"    is unloaded just before a swap-in
+            "shrunk"     can not be swapped in while requests of it are suspended
+            "crowded"    is unloaded, with what is suspended there, as it is to be verified
     prompt  "hold"       gives one token, then waits for SIGUSR1 (go on) or Cancel
             /a/file      like "hold", unless that file exists: then one token, and done
             "die"        kills the process
             N            gives N tokens and ends
+
+A SwapOut that preempts suspends what holds or waits for an arrival, until the next SwapIn.
 
 FAKE_LINGER_S: how long it takes to end once its socket is closed. FAKE_DIARY: a file that
 gets "PID begins" and "PID ends".
@@ -23,13 +27,14 @@ import os
 import select
 import signal
 import socket
+import struct
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from schemas.requests import GenerateRequest, TextPrompt
+from schemas.requests import EmbedRequest, GenerateRequest, TextPrompt
 from schemas.state import ModelFacts, ModelSpec, SwapTrace
 from services.gpu_agent import ipc
 
@@ -45,6 +50,8 @@ class FakeWorker:
         self._resident: set[str] = set()
         self._held: list[GenerateRequest] = []
         self._arriving: dict[str, list[GenerateRequest]] = {}
+        self._suspended: dict[str, list[GenerateRequest]] = {}  # model -> what held
+        self._unbegun: dict[str, list[GenerateRequest]] = {}  # model -> what waited for it
 
     def run(self) -> None:
         wake_read, wake_write = os.pipe()
@@ -92,8 +99,12 @@ class FakeWorker:
                 self._say(ipc.LoadProgress(model, 1, 2), loaded)
             case ipc.SwapIn(model) if self._specs[model].source == "too-large":
                 self._say(ipc.OpFailed(model, "swap_in", "OutOfPages: 3 needed, 2 free"))
+            case ipc.SwapIn(model) if self._specs[model].source == "shrunk" and (
+                self._suspended.get(model)
+            ):
+                self._say(ipc.OpFailed(model, "swap_in", "OutOfPages: 3 needed, 2 free"))
             case ipc.SwapIn(model) if self._specs[model].source == "slow":
-                self._arriving[model] = []
+                self._arriving[model] = self._unbegun.pop(model, [])
                 self._say(ipc.Arriving(model))
             case ipc.SwapIn(model) if self._specs[model].source == "damaged":
                 reason = "page 3 has another checksum"
@@ -110,28 +121,47 @@ class FakeWorker:
             case ipc.SwapIn(model):
                 self._resident.add(model)
                 self._say(ipc.Arriving(model), ipc.SwappedIn(model, trace, self._memory))
-            case ipc.SwapOut(model) if model in self._arriving:
-                assert not self._arriving.pop(model)
+                self._held += self._suspended.pop(model, [])
+            case ipc.SwapOut(model, preempt) if model in self._arriving:
+                unbegun = self._unbegun[model] = self._arriving.pop(model)
+                assert preempt or not unbegun
                 cancelled = ipc.SwapInCancelled(model, trace)
-                self._say(cancelled, ipc.SwappedOut(model, trace, self._memory))
+                self._say(cancelled, ipc.SwappedOut(model, trace, self._memory, len(unbegun)))
+            case ipc.Verify(model) if self._specs[model].source == "crowded":
+                self._say(ipc.Unloaded(model, PAGE_BYTES))
             case ipc.Verify(model) if self._specs[model].source == "rotten":
                 self._resident.discard(model)
                 self._say(ipc.Corrupted(model, "page", "page 1 is rotten", self._memory))
             case ipc.Verify(model):
                 self._say(ipc.Verified(model, 7, PAGE_BYTES, 0.001))
-            case ipc.SwapOut(model):
+            case ipc.SwapOut(model, preempt):
+                running = [request for request in self._held if request.model == model]
+                assert preempt or not running
                 self._resident.discard(model)
-                self._say(ipc.SwappedOut(model, trace, self._memory))
-            case ipc.Submit(request):
+                self._held = [request for request in self._held if request.model != model]
+                self._suspended[model] = running
+                self._say(ipc.SwappedOut(model, trace, self._memory, len(running)))
+            case ipc.Submit(EmbedRequest() as asked):
+                self._embed(asked)
+            case ipc.Submit(GenerateRequest() as request):
                 self._submit(request)
             case ipc.Cancel(request_id):
-                for line in (self._held, *self._arriving.values()):
+                waiting = (self._arriving, self._suspended, self._unbegun)
+                for line in (self._held, *(line for part in waiting for line in part.values())):
                     if request_id not in [request.request_id for request in line]:
                         continue
                     line[:] = [request for request in line if request.request_id != request_id]
                     self._say(ipc.Broke(request_id, "cancelled", "cancelled"))
             case ipc.Shutdown():
                 pass
+
+    def _embed(self, request: EmbedRequest) -> None:
+        """A vector of two dimensions for each input, each in a message of its own."""
+        name = request.request_id
+        self._say(ipc.Begun(name, 5, time.time()))
+        for i in range(len(request.inputs)):
+            self._say(ipc.Embedded(name, i, 2, struct.pack("<2f", i, 0.5)))
+        self._say(ipc.Done(name, "stop", 5, 0, prefill_s=0.001, decode_s=0.0))
 
     def _submit(self, request: GenerateRequest) -> None:
         name = request.request_id
@@ -160,6 +190,7 @@ class FakeWorker:
             self._say(ipc.SwappedIn(model, trace, self._memory))
             for request in waiting:
                 self._submit(request)
+            self._held += self._suspended.pop(model, [])
         for request in self._held:
             self._answer(request, 1, 2)
         self._held.clear()

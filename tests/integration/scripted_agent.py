@@ -1,12 +1,15 @@
 """A scheduler's records and a GPU agent that speak the bus, with answers that tests write."""
 
 import asyncio
+import struct
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from schemas import names
 from schemas.events import RequestWithdrawn
-from schemas.requests import CancelRequest
+from schemas.requests import CancelRequest, EmbedRequest, GenerateRequest
 from schemas.state import (
     DeploymentRecord,
     LeaseRecord,
@@ -24,7 +27,9 @@ from schemas.stream import (
     RequestTiming,
     Started,
     StartKind,
+    TokenLogprobs,
     Tokens,
+    Vectors,
 )
 from services.bus import Bucket, Bus, Delivery, Message, Puller
 
@@ -50,9 +55,9 @@ class ScriptedScheduler:
     async def lead(self) -> None:
         await self._leases.put(names.LEADER_KEY, LeaseRecord(holder="test", epoch=1))
 
-    async def deploy(self, model: str) -> None:
+    async def deploy(self, model: str, facts: ModelFacts = FACTS) -> None:
         spec = ModelSpec(name=model, source="/models/x")
-        record = DeploymentRecord(spec=spec, status="ready", facts=FACTS, created_at=1_767_225_600)
+        record = DeploymentRecord(spec=spec, status="ready", facts=facts, created_at=1_767_225_600)
         await self._models.put(names.escape(model), record)
 
     async def fail(self, model: str, reason: str) -> None:
@@ -62,6 +67,13 @@ class ScriptedScheduler:
 
     async def remove(self, model: str) -> None:
         await self._models.delete(names.escape(model))
+
+
+@dataclass
+class GenerateDelivery(Delivery):
+    """One that holds a request to generate."""
+
+    request: GenerateRequest
 
 
 @dataclass
@@ -93,8 +105,15 @@ class ScriptedAgent:
         await puller.start()
         await puller.want(num_free)
 
-    async def next(self) -> Delivery:
-        return await asyncio.wait_for(self.deliveries.get(), 10)
+    async def next(self) -> GenerateDelivery:
+        delivery = await asyncio.wait_for(self.deliveries.get(), 10)
+        assert isinstance(delivery.request, GenerateRequest)
+        return cast(GenerateDelivery, delivery)
+
+    async def next_embed(self) -> tuple[Delivery, EmbedRequest]:
+        delivery = await asyncio.wait_for(self.deliveries.get(), 10)
+        assert isinstance(delivery.request, EmbedRequest)
+        return delivery, delivery.request
 
     async def next_cancel(self) -> CancelRequest:
         return await asyncio.wait_for(self.cancels.get(), 10)
@@ -119,10 +138,24 @@ class ScriptedAgent:
         await self.tokens(to, *texts)
         await self.bus.flush()
 
-    async def tokens(self, to: Delivery, *texts: str, index: int = 0, first_id: int = 100) -> None:
+    async def tokens(
+        self,
+        to: Delivery,
+        *texts: str,
+        index: int = 0,
+        first_id: int = 100,
+        logprobs: Sequence[TokenLogprobs] = (),
+    ) -> None:
         """One chunk per text; token ids follow from the position."""
         for i, text in enumerate(texts, start=index):
-            chunk = Tokens(to.request.request_id, to.num_delivered, i, (first_id + i,), text)
+            chunk = Tokens(
+                to.request.request_id,
+                to.num_delivered,
+                i,
+                (first_id + i,),
+                text,
+                tuple(logprobs[i - index : i - index + 1]),
+            )
             await self.bus.publish(to.request.reply_to, chunk)
 
     async def finished(
@@ -144,6 +177,14 @@ class ScriptedAgent:
         chunk = Failed(to.request.request_id, to.num_delivered, code, message)
         await self.bus.publish(to.request.reply_to, chunk)
         await to.ack()
+
+    async def vectors(self, to: Delivery, *vectors: tuple[float, ...], index: int = 0) -> None:
+        """One chunk with all of ``vectors``."""
+        data = b"".join(struct.pack(f"<{len(one)}f", *one) for one in vectors)
+        name, attempt = to.request.request_id, to.num_delivered
+        await self.bus.publish(
+            to.request.reply_to, Vectors(name, attempt, index, len(vectors[0]), data)
+        )
 
     async def answer(self, to: Delivery, *texts: str, rest: str = "") -> None:
         """A whole answer."""

@@ -25,6 +25,7 @@ from services.gpu_agent.engine.native import NativeEngine
 from services.gpu_agent.ipc import Done, Loaded, OpFailed, Produced, SwappedIn
 from services.ops.trace_view import Span, read_spans, trees
 from tests.integration.system_kit import CONTEXT, MIB, MODELS, System, config_of, write_models
+from tests.unit.engine_kit import byte_tokenizer
 
 BUDGET = 56 * MIB
 BROKEN = """
@@ -274,6 +275,29 @@ async def test_the_openai_client_works(system: System) -> None:
     await client.close()
 
 
+async def test_log_probabilities_come_from_the_engine_to_the_client(system: System) -> None:
+    client = openai.AsyncOpenAI(base_url=f"{system.url}/v1", api_key="-")
+    letters = byte_tokenizer().encode("abc")
+    whole = await client.chat.completions.create(
+        model="llama",
+        messages=[{"role": "user", "content": "hi"}],
+        max_tokens=6,
+        logprobs=True,
+        top_logprobs=3,
+        logit_bias={str(token_id): 100 for token_id in letters},
+    )
+    choice = whole.choices[0]
+    assert choice.logprobs
+    content = choice.logprobs.content or []
+    assert "".join(one.token for one in content) == choice.message.content
+    assert set(choice.message.content or "") <= set("abc")
+    assert all(len(one.top_logprobs) == 3 for one in content)
+    # The bias chose, but what is told is of the model's own distribution.
+    assert all(one.logprob <= one.top_logprobs[0].logprob <= 0 for one in content)
+    assert any(one.token != one.top_logprobs[0].token for one in content)
+    await client.close()
+
+
 async def test_many_at_once_all_end(system: System) -> None:
     """48 requests over three models that can not be resident together."""
     client = openai.AsyncOpenAI(base_url=f"{system.url}/v1", api_key="-", max_retries=0)
@@ -301,6 +325,7 @@ async def test_many_at_once_all_end(system: System) -> None:
         (b'{"model": "llama", "prompt":', 400, "JSON"),
         ({"model": "llama", "prompt": "x", "max_tokens": "many"}, 400, "max_tokens"),
         ({"model": "llama", "prompt": "x" * (CONTEXT + 1)}, 400, str(CONTEXT)),
+        ({"model": "llama", "prompt": "x", "logit_bias": {"256": 1}}, 400, "token id 256"),
         ({"model": "huge", "prompt": "x"}, 503, "MiB of device memory"),
         ({"model": "missing", "prompt": "x"}, 503, "nowhere"),
         ({"model": "corrupt", "prompt": "x"}, 503, "model.safetensors"),

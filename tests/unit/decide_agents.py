@@ -1,8 +1,8 @@
 """Agents for random walks: they keep their own books of memory, and die when told to.
 
 A `FakeAgent` is the independent count: a SwapIn that does not fit there fails the test. It plays
-pipelined swap-ins (requests start while the bytes arrive), swap-ins that are called off, host
-images that make room for others, and weights that turn out damaged.
+pipelined swap-ins (requests start while the bytes arrive), swap-ins that are called off, requests
+that are suspended, host images that make room for others, and weights that turn out damaged.
 """
 
 from dataclasses import dataclass, field
@@ -49,13 +49,22 @@ class FakeReplica:
     state: ReplicaState = "cold"
     generation: int = 0
     facts: ModelFacts | None = None
-    running: list[str] = field(default_factory=list)
+    running: list[str] = field(default_factory=list)  # suspended where it is not on the device
+    may_preempt: bool = True
     is_arriving: bool = False  # bytes of a swap-in are still on their way
     used_at: float = 0.0
 
     @property
     def may_start(self) -> bool:
         return self.state in ("swapping_in", "resident")
+
+    @property
+    def may_compute(self) -> bool:
+        return self.state in ("resident", "draining") and not self.is_arriving
+
+    @property
+    def num_suspended(self) -> int:
+        return len(self.running) if self.state == "host" else 0
 
     @property
     def weight_bytes(self) -> int:
@@ -128,6 +137,7 @@ class FakeAgent:
             case Register():
                 size = SIZES.get(command.model, 1000)
                 replica.facts = replica.facts or facts(size)
+                replica.may_preempt = command.spec.preemption != "drain"
                 if state == "failed":
                     replica.state = "cold"
                 self.events.append(ModelRegistered(*where, replica.facts))
@@ -150,11 +160,13 @@ class FakeAgent:
             case SwapIn() if state == "resident":
                 self.events.append(SwapInCompleted(*where, SwapTrace(now)))
             case SwapOut() if state in ("swapping_in", "resident", "draining"):
-                replica.state = "draining"
+                assert replica.may_preempt or not command.preempt
+                replica.state = "swapping_out" if command.preempt else "draining"
             case SwapOut() if state == "swapping_out":
                 pass
             case SwapOut() if state == "host":
-                self.events.append(SwapOutCompleted(*where, SwapTrace(now)))
+                trace, num = SwapTrace(now), replica.num_suspended
+                self.events.append(SwapOutCompleted(*where, trace, num))
             case _:
                 self.events.append(CommandRejected(*where, kind, f"is {state}"))
                 return
@@ -169,6 +181,7 @@ class FakeAgent:
                 break
             replica = self.replicas[model]
             replica.state = "cold"
+            replica.running.clear()  # back to the queue, where they were suspended
             where = (self.gpu, model, replica.generation, now)
             self.events.append(ModelUnloaded(*where, replica.weight_bytes))
         return not self.host_budget_bytes or self.host_used_bytes <= self.host_budget_bytes
@@ -176,7 +189,7 @@ class FakeAgent:
     def corrupt(self, model: str, now: float) -> None:
         """A check finds the weights of ``model`` damaged; its requests go back to the queue."""
         replica = self.replicas[model]
-        if not replica.may_start:
+        if not replica.may_start and not replica.num_suspended:
             return
         where = (self.gpu, model, replica.generation, now)
         self.events.append(VerificationFailed(*where, "page", "page 3 of 7 differs"))
@@ -218,7 +231,8 @@ class FakeAgent:
             if replica.is_arriving:
                 self.events.append(SwapInCancelled(*where, SwapTrace(now)))
                 replica.is_arriving = False
-            self.events.append(SwapOutCompleted(*where, SwapTrace(now)))
+            num = replica.num_suspended
+            self.events.append(SwapOutCompleted(*where, SwapTrace(now), num))
         elif replica.state == "swapping_out":
             replica.state = "resident"
             self.events.append(CommandFailed(*where, "swap_out", "no luck"))

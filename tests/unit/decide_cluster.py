@@ -44,6 +44,7 @@ class Cluster(RuleBasedStateMachine):
         self.agents = {gpu: FakeAgent(gpu, size, HOST_BUDGETS[gpu]) for gpu, size in GPUS.items()}
         self.queue: dict[str, str] = {}  # request id -> model, until it ends
         self.num_requests = 0
+        self.steps_left: dict[str, int] = {}  # of long answers, in quiet steps
         self.log: list[Entry] = []
         self.commands: list[Command] = []
         self.generations: dict[tuple[str, str], int] = {}
@@ -73,12 +74,18 @@ class Cluster(RuleBasedStateMachine):
             agent.events.append(RequestStarted(agent.gpu, model, request_id, self.now, 1, 0.0))
 
     def end_request(self, agent: FakeAgent, model: str, may_cancel: bool) -> None:
-        """The oldest one ends. While the model still arrives it can only be cancelled."""
+        """The oldest one ends. Where it can not compute (its model still arrives, or it is
+        suspended) it can only be cancelled.
+        """
         replica = agent.replicas[model]
-        if replica.running and (may_cancel or not replica.is_arriving):
-            request_id = replica.running.pop(0)
+        if replica.running and (may_cancel or replica.may_compute):
+            request_id = replica.running[0]
+            self.steps_left[request_id] = self.steps_left.get(request_id, 1) - 1
+            if self.steps_left[request_id] > 0 and not may_cancel:
+                return
+            replica.running.pop(0)
             self.queue.pop(request_id, None)
-            outcome: Literal["stop", "cancelled"] = "cancelled" if replica.is_arriving else "stop"
+            outcome: Literal["stop", "cancelled"] = "stop" if replica.may_compute else "cancelled"
             timing = RequestTiming()
             agent.events.append(
                 RequestEnded(agent.gpu, model, request_id, self.now, outcome, 1, 1, timing)

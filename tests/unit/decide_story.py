@@ -25,6 +25,7 @@ from schemas.state import (
     AgentStatus,
     ModelFacts,
     ModelSpec,
+    Preemption,
     ReplicaState,
     ReplicaStatus,
     SwapTrace,
@@ -45,8 +46,8 @@ EPOCH = 3
 GPU = "gpu0"
 
 
-def spec(model: str, preload: bool = False) -> ModelSpec:
-    return ModelSpec(model, f"/models/{model}", preload=preload)
+def spec(model: str, preload: bool = False, preemption: Preemption = "preserve") -> ModelSpec:
+    return ModelSpec(model, f"/models/{model}", preload=preload, preemption=preemption)
 
 
 def facts(weights: int, kv: int = 0) -> ModelFacts:
@@ -105,11 +106,13 @@ class Story:
     def unloaded(self, model: str, generation: int, size: int = 1) -> list[Command]:
         return self.tell(ModelUnloaded(GPU, model, generation, self.now, size * MIB))
 
-    def swapped_in(self, model: str, generation: int) -> list[Command]:
-        return self.tell(SwapInCompleted(GPU, model, generation, self.now, SwapTrace(0.0)))
+    def swapped_in(self, model: str, generation: int, swap_s: float = 0.0) -> list[Command]:
+        trace = SwapTrace(0.0, total_s=swap_s)
+        return self.tell(SwapInCompleted(GPU, model, generation, self.now, trace))
 
-    def swapped_out(self, model: str, generation: int) -> list[Command]:
-        return self.tell(SwapOutCompleted(GPU, model, generation, self.now, SwapTrace(0.0)))
+    def swapped_out(self, model: str, generation: int, num_suspended: int = 0) -> list[Command]:
+        trace = SwapTrace(0.0)
+        return self.tell(SwapOutCompleted(GPU, model, generation, self.now, trace, num_suspended))
 
     def failed(self, model: str, generation: int, kind: CommandKind) -> list[Command]:
         return self.tell(CommandFailed(GPU, model, generation, self.now, kind, f"{kind} broke"))

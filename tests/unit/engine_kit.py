@@ -1,7 +1,7 @@
 """What the engine's tests share: a byte tokenizer, a pool of NaN, requests, and a driver."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 from schemas.requests import GenerateRequest, Prompt, SamplingParams, TokenPrompt
 from services.gpu_agent.engine.batch import Batch
+from services.gpu_agent.engine.blocks import Blocks
+from services.gpu_agent.engine.decode_graph import DecodeGraphs, Recorder
 from services.gpu_agent.engine.kv import KVStore
+from services.gpu_agent.engine.kv_host import HostBlocks, HostKV
+from services.gpu_agent.engine.kv_manager import KVManager
 from services.gpu_agent.engine.prompts import ModelText
 from services.gpu_agent.ipc import Begun, Broke, Done, FromWorker, Produced
 from services.gpu_agent.skeleton import KVGeometry
@@ -66,6 +70,27 @@ def geometry_of(module: Any) -> KVGeometry:
     return KVGeometry(layers, keys.shape[1], keys.shape[3], keys.dtype, (None,) * layers)
 
 
+def make_kv(
+    pool: Any,
+    geometry: KVGeometry,
+    pages: Sequence[int],
+    *,
+    spare: Sequence[int] = (),
+    host: HostBlocks | None = None,
+    shares: bool = True,
+) -> KVManager:
+    """A cache whose reserve is ``pages``, and which may borrow ``spare``; not attached."""
+    store = KVStore(pool, geometry)
+    left = list(spare)
+    blocks = Blocks(
+        store.blocks_per_page,
+        borrow=lambda: left.pop() if left else None,
+        give_back=left.append,
+        num_borrowable=lambda: len(left),
+    )
+    return KVManager(store, blocks, len(pages), host, shares)
+
+
 def make_batch(
     module: Any,
     *,
@@ -76,21 +101,41 @@ def make_batch(
     page_tokens: int = 24,
     chunk_tokens: int = 32,
     wall_clock: Callable[[], float] = lambda: 0.0,
+    num_spare: int = 0,
+    host_bytes: int = 0,
+    shares: bool = True,
+    recorder: Recorder | None = None,
 ) -> Batch:
-    """A batch over ``module`` whose pages are small, few and scattered."""
+    """A resident batch over ``module`` whose pages are small, few and scattered.
+
+    ``num_spare``: pages that it may borrow. ``host_bytes``: for KV in host memory.
+    """
     geometry = geometry_of(module)
     num_pages = -(-kv_tokens // page_tokens)
-    pool = FakePool(geometry.bytes_per_token * page_tokens + 64, 2 * num_pages + 1)
-    pages = [2 * n + 1 for n in reversed(range(num_pages))]
-    return Batch(
+    num_all = num_pages + num_spare
+    pool = FakePool(geometry.bytes_per_token * page_tokens + 64, 2 * num_all + 1)
+    pages = [2 * n + 1 for n in reversed(range(num_all))]
+    reserve, spare = pages[:num_pages], pages[num_pages:]
+    host = HostKV(host_bytes).open(KVStore(pool, geometry).block_bytes) if host_bytes else None  # type: ignore[arg-type]
+    kv = make_kv(pool, geometry, reserve, spare=spare, host=host, shares=shares)
+    batch = Batch(
         module,
-        KVStore(pool, geometry, pages),  # type: ignore[arg-type]
+        kv,
         text or model_text(),
         max_model_len=max_model_len,
         max_batch=max_batch,
         chunk_tokens=chunk_tokens,
         wall_clock=wall_clock,
+        graphs=DecodeGraphs(module, kv.store, recorder) if recorder else None,
     )
+    bring_in(batch, reserve)
+    return batch
+
+
+def bring_in(batch: Batch, pages: Sequence[int]) -> None:
+    """The model comes to the device, weights and all."""
+    batch.attach(pages)
+    batch.arrived()
 
 
 def request(

@@ -2,12 +2,13 @@
 
 import itertools
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.stream import Finished, RequestTiming, Tokens
-from services.api.answer import Answer, Diverged
+from schemas.stream import Finished, RequestTiming, TokenLogprob, TokenLogprobs, Tokens
+from services.api.answer import Answer, Diverged, Piece
 
 TEXTS = ["Once", " upon", "", " a", " ti", "me", ""]
 IDS = tuple(range(10, 10 + len(TEXTS)))
@@ -24,10 +25,10 @@ def finished(num_tokens: int, text: str = "") -> Finished:
 
 def test_a_second_run_adds_only_what_is_new() -> None:
     answer = Answer()
-    assert answer.add(chunk(0, 2)) == "Once upon"
+    assert answer.add(chunk(0, 2)) == Piece("Once upon")
     assert answer.add(chunk(0, 1)) is None
     assert answer.add(chunk(1, 2)) is None
-    assert answer.add(chunk(2, 4)) == " a"
+    assert answer.add(chunk(2, 4)) == Piece(" a")
     assert answer.token_ids == list(IDS[:4])
 
 
@@ -35,9 +36,25 @@ def test_a_chunk_that_straddles_is_split() -> None:
     answer = Answer()
     answer.add(chunk(0, 1))
     answer.add(chunk(1, 2))
-    assert answer.add(chunk(0, 4)) == " a"
+    assert answer.add(chunk(0, 4)) == Piece(" a")
     assert answer.add(chunk(3, 6)) is None  # begins inside a chunk: wait for the run's end
-    assert answer.add(chunk(4, 6)) == " time"
+    assert answer.add(chunk(4, 6)) == Piece(" time")
+
+
+def test_log_probabilities_stay_with_their_tokens() -> None:
+    told = [
+        TokenLogprobs(TokenLogprob(token_id, -0.5, text), offset=i)
+        for i, (token_id, text) in enumerate(zip(IDS, TEXTS, strict=True))
+    ]
+
+    def with_logprobs(start: int, end: int) -> Tokens:
+        return msgspec.structs.replace(chunk(start, end), logprobs=tuple(told[start:end]))
+
+    answer = Answer()
+    assert answer.add(with_logprobs(0, 2)) == Piece("Once upon", tuple(told[:2]))
+    assert answer.add(with_logprobs(2, 3)) == Piece("", tuple(told[2:3]))
+    assert answer.add(with_logprobs(0, 3)) is None
+    assert answer.add(with_logprobs(0, 6)) == Piece(" a time", tuple(told[3:6]))
 
 
 def test_other_tokens_or_other_text_are_noticed() -> None:
@@ -77,8 +94,8 @@ def test_any_sequence_of_runs_gives_a_prefix_of_the_answer(runs: list[list[int]]
     for sizes in [*runs, [1] * len(TEXTS)]:
         ends = [min(end, len(TEXTS)) for end in itertools.accumulate(sizes)]
         for start, end in itertools.pairwise([0, *ends]):
-            if text := answer.add(chunk(start, end)):
-                got.append(text)
+            if piece := answer.add(chunk(start, end)):
+                got.append(piece.text)
             assert "".join(TEXTS).startswith("".join(got))
     assert "".join(got) == "".join(TEXTS)
     assert answer.token_ids == list(IDS)

@@ -69,6 +69,60 @@ def test_everything_that_is_implemented() -> None:
     assert (sampling.ignore_eos, parsed.stream, parsed.include_usage) == (True, True, True)
 
 
+@pytest.mark.parametrize("parse", [chat, completion])
+def test_penalties_biases_and_stop_tokens(parse: Any) -> None:
+    sampling = parse(
+        min_p=0.1,
+        presence_penalty=-2,
+        frequency_penalty=1.5,
+        repetition_penalty=1.2,
+        stop_token_ids=[7, 8],
+        logit_bias={"0": -100, "50256": 3.5},
+    ).sampling
+    assert (sampling.min_p, sampling.repetition_penalty) == (0.1, 1.2)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (-2.0, 1.5)
+    assert sampling.stop_token_ids == (7, 8)
+    assert sampling.logit_bias == {0: -100.0, 50256: 3.5}
+
+
+@pytest.mark.parametrize("parse", [chat, completion])
+def test_settings_that_change_nothing_are_those_left_out(parse: Any) -> None:
+    neutral = {
+        "min_p": 0,
+        "presence_penalty": 0,
+        "frequency_penalty": 0,
+        "repetition_penalty": 1,
+        "stop_token_ids": [],
+        "logit_bias": {},
+        "logprobs": False,
+    }
+    plain = parse(seed=1).sampling
+    assert parse(seed=1, **neutral).sampling == plain
+    assert parse(seed=1, **dict.fromkeys(neutral)).sampling == plain
+
+
+@pytest.mark.parametrize(
+    ("parse", "more", "wanted"),
+    [
+        (chat, {}, None),
+        (chat, {"logprobs": False, "top_logprobs": 0}, None),
+        (chat, {"logprobs": True}, 0),
+        (chat, {"logprobs": True, "top_logprobs": 20}, 20),
+        (completion, {}, None),
+        (completion, {"logprobs": 0}, 0),
+        (completion, {"logprobs": 5}, 5),
+    ],
+)
+def test_log_probabilities(parse: Any, more: dict[str, Any], wanted: int | None) -> None:
+    assert parse(**more).sampling.logprobs == wanted
+
+
+@pytest.mark.parametrize("value", [True, -1, 21])
+def test_a_completion_asks_for_a_number_of_alternatives(value: Any) -> None:
+    error = refusal(completion, logprobs=value)
+    assert error.info.param == "logprobs"
+
+
 def test_messages() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     parsed = chat(
@@ -135,6 +189,21 @@ def test_not_a_json_object(body: bytes, words: str) -> None:
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4"),
         ({"stop": ""}, "stop", "must not be empty"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "where stream is true"),
+        ({"min_p": -0.1}, "min_p", "min_p = -0.1 must be between 0 and 1"),
+        ({"presence_penalty": 2.1}, "presence_penalty", "must be between -2 and 2"),
+        ({"frequency_penalty": -3}, "frequency_penalty", "must be between -2 and 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "must be between 0.01 and 100"),
+        ({"stop_token_ids": [3, -1]}, "stop_token_ids", "-1 is not a token id"),
+        ({"stop_token_ids": "x"}, "stop_token_ids", "stop_token_ids = 'x'"),
+        ({"logit_bias": {"3": 101}}, "logit_bias", "token 3 = 101.0 must be between -100 and 100"),
+        ({"logit_bias": {"the": 1}}, "logit_bias", "the key 'the'; its keys must be token ids"),
+        ({"logit_bias": {"03": 1}}, "logit_bias", "the key '03'"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias", "must be token ids"),
+        ({"logit_bias": {"3": "big"}}, "logit_bias", "logit_bias = {'3': 'big'}: Expected `float`"),
+        ({"logit_bias": [3]}, "logit_bias", "logit_bias = [3]"),
+        ({"logprobs": 3}, "logprobs", "logprobs = 3: Expected `bool"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "must be between 0 and 20"),
+        ({"top_logprobs": 2}, "top_logprobs", "only allowed where logprobs is true"),
     ],
 )
 def test_wrong_types_and_values(more: dict[str, Any], param: str, words: str) -> None:
@@ -154,15 +223,12 @@ def test_prompts_that_are_refused(prompt: Any) -> None:
         (chat, "n", 2),
         (chat, "tools", [{"type": "function"}]),
         (chat, "response_format", {"type": "json_object"}),
-        (chat, "logprobs", True),
-        (chat, "logit_bias", {"1": 2}),
-        (chat, "presence_penalty", 0.5),
         (chat, "store", True),
-        (completion, "logprobs", 0),
+        (chat, "prompt_logprobs", 1),
         (completion, "best_of", 2),
         (completion, "echo", True),
         (completion, "suffix", "x"),
-        (completion, "frequency_penalty", -1),
+        (completion, "length_penalty", 2),
     ],
 )
 def test_what_is_known_but_not_implemented_is_named(parse: Any, field: str, value: Any) -> None:

@@ -18,7 +18,7 @@ from tests.unit.swap_kit import load, no_progress
 
 
 class Scaled(nn.Module):
-    """Its logits are its weight times the token ids, which it keeps."""
+    """Its output is its weight times the token ids, which it keeps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Scaled(nn.Module):
         assert not use_cache
         assert not torch.is_grad_enabled()
         self.asked.append(input_ids[0].tolist())
-        return SimpleNamespace(logits=input_ids[..., None] * self.weight)
+        return (input_ids[..., None] * self.weight,)
 
 
 def canary_of(module: nn.Module, vocab_size: int = 5) -> Canary:
@@ -63,7 +63,7 @@ def test_a_single_bit_is_found(off_by: float) -> None:
     canary.run()
     with torch.no_grad():
         module.weight[0] += off_by
-    with pytest.raises(Corruption, match="model 'm': the same forward gave other logits") as found:
+    with pytest.raises(Corruption, match="model 'm': the same forward gave another") as found:
         canary.check("m")
     assert found.value.check == "canary"
     assert canary.is_new

@@ -40,12 +40,12 @@ def test_a_switch_frees_first_then_fills() -> None:
     assert story.swapped_out("a", 5) == [SwapIn(GPU, "b", EPOCH, 8, "r1")]
 
 
-def test_a_busy_model_keeps_its_quantum_then_drains() -> None:
+def test_a_busy_model_keeps_its_quantum_then_gives_way() -> None:
     story = running(on("a", "resident", 60, in_flight=1), on("b", "host", 60))
     assert story.demand("r1", "b") == []
     assert story.tick(0.9) == []
-    assert story.tick(0.2) == [SwapOut(GPU, "a", EPOCH, 2, "r1")]
-    assert story.ended("r0", "a") == []
+    assert story.tick(0.2) == [SwapOut(GPU, "a", EPOCH, 2, "r1", preempt=True)]
+    assert story.ended("r0", "a") == []  # just before it would have been suspended
     assert story.swapped_out("a", 2) == [SwapIn(GPU, "b", EPOCH, 2, "r1")]
 
 
@@ -58,7 +58,9 @@ def test_two_busy_models_on_one_device_alternate() -> None:
         request_id = f"r{number}"
         assert story.demand(request_id, model) == []
         generations[other] += 1
-        assert story.tick(1.1) == [SwapOut(GPU, other, EPOCH, generations[other], request_id)]
+        assert story.tick(1.1) == [
+            SwapOut(GPU, other, EPOCH, generations[other], request_id, preempt=True)
+        ]
         generations[model] += 1
         assert story.swapped_out(other, generations[other]) == [
             SwapIn(GPU, model, EPOCH, generations[model], request_id)
@@ -92,7 +94,7 @@ def test_the_overdue_are_not_passed_by_small_models() -> None:
     story.state.agents[GPU].replicas["a"].resident_since = story.now  # freshly swapped in
     story.tick(0.2)
     assert story.demand("r2", "c") == []
-    assert story.tick(0.8) == [SwapOut(GPU, "a", EPOCH, 2, "r1")]
+    assert story.tick(0.8) == [SwapOut(GPU, "a", EPOCH, 2, "r1", preempt=True)]
 
 
 def test_earliest_waiter_first() -> None:

@@ -51,7 +51,7 @@ def test_a_swap_in_carries_when_it_was_asked_for_and_decided() -> None:
     story = running(on("a", "resident", 60, in_flight=1), on("b", "host", 60))
     asked_at = story.now
     story.demand("r1", "b", at=asked_at)
-    assert story.tick(1.5) == [SwapOut(GPU, "a", EPOCH, 2, "r1")]
+    assert story.tick(1.5) == [SwapOut(GPU, "a", EPOCH, 2, "r1", preempt=True)]
     decided_at = story.now
     story.ended("r0", "a")
     story.now += 0.5

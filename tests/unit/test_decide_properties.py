@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
 
+from schemas.commands import SwapOut
 from schemas.events import (
     CommandFailed,
     RequestStarted,
@@ -23,6 +24,8 @@ from tests.unit.decide_agents import SIZES
 from tests.unit.decide_cluster import CONFIG, GPUS, TOO_LARGE, Cluster
 
 FATES = ("once", "once", "once", "twice", "never")
+LENGTHS = (1, 2, 10)  # of answers, in quarter seconds
+UNINTERRUPTED = "d"
 PRELOADED = ("a", "b", "e")  # more than host memory holds
 
 
@@ -33,7 +36,14 @@ class Walk(Cluster):
     def start(self) -> None:
         for model in (*SIZES, TOO_LARGE):
             self.tell(
-                DeploymentAdded(ModelSpec(model, f"/models/{model}", preload=model in PRELOADED))
+                DeploymentAdded(
+                    ModelSpec(
+                        model,
+                        f"/models/{model}",
+                        preload=model in PRELOADED,
+                        preemption="drain" if model == UNINTERRUPTED else "preserve",
+                    )
+                )
             )
         for agent in self.agents.values():
             agent.report(self.now)
@@ -48,6 +58,7 @@ class Walk(Cluster):
         self.num_requests += 1
         request_id = f"r{self.num_requests}"
         self.queue[request_id] = model
+        self.steps_left[request_id] = LENGTHS[self.num_requests % len(LENGTHS)]
         if is_seen:
             self.tell(Demand(request_id, model, "interactive", self.now))
 
@@ -216,7 +227,10 @@ def test_long_walks(seeds: range) -> None:
 
 @pytest.mark.parametrize("host_budgets", [(120, 75), (100, 50), (80, 50)], ids=str)
 def test_nobody_starves_though_everybody_always_waits(host_budgets: tuple[int, int]) -> None:
-    """All models are wanted all the time, and host memory holds only some of them."""
+    """All models are wanted all the time, and host memory holds only some of them. Some answers
+    take many run quanta.
+    """
+    rng = random.Random(7)
     cluster = Walk()
     for agent, budget in zip(cluster.agents.values(), host_budgets, strict=True):
         agent.host_budget_bytes = budget
@@ -225,9 +239,40 @@ def test_nobody_starves_though_everybody_always_waits(host_budgets: tuple[int, i
     end = cluster.now + 200.0
     while cluster.now < end:
         for model in SIZES:
-            cluster.request(model, is_seen=True)
-            asked_at[f"r{cluster.num_requests}"] = cluster.now
+            if cluster.depths().get(model, 0) < 4:  # one ends at a time
+                cluster.request(model, is_seen=True)
+                request_id = f"r{cluster.num_requests}"
+                cluster.steps_left[request_id] = rng.choice([1, 2, 8, 30])
+                asked_at[request_id] = cluster.now
         for _ in range(4):
             cluster.quiet_step()
-        waited_s = {cluster.now - asked_at[request_id] for request_id in cluster.queue}
+        waiting = set(cluster.queue) - cluster.running
+        waited_s = {cluster.now - asked_at[request_id] for request_id in waiting}
         assert max(waited_s, default=0.0) < 100.0, cluster.story()
+    cluster.teardown()
+
+
+def test_long_answers_take_turns_and_all_end() -> None:
+    """Two models that never fit together, each with an answer of 10 s, and more all the time."""
+    cluster = Walk()
+    del cluster.agents["gpu0"]
+    cluster.agents["gpu1"].host_budget_bytes = 120
+    cluster.start()
+    first = {}
+    for model in ("a", "b"):
+        cluster.request(model, is_seen=True)
+        first[model] = f"r{cluster.num_requests}"
+        cluster.steps_left[first[model]] = 40
+    turns: list[str] = []
+    begun_at = cluster.now
+    while set(first.values()) & set(cluster.queue):
+        assert cluster.now < begun_at + 60.0, cluster.story()
+        cluster.quiet_step()
+        for model, replica in cluster.agents["gpu1"].replicas.items():
+            if replica.state == "resident" and turns[-1:] != [model]:
+                turns.append(model)
+                cluster.request(model, is_seen=True)  # waits behind the long one
+    assert turns[:8] == ["a", "b"] * 4
+    swap_outs = [c for c in cluster.commands if isinstance(c, SwapOut)]
+    assert sum(command.preempt for command in swap_outs) >= 8
+    cluster.teardown()

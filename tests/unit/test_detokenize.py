@@ -120,3 +120,11 @@ def test_the_end_gives_what_was_held_back() -> None:
     pieces = [stream.push(i)[0] for i in ids_of(b"fine EN")]
     assert "".join(pieces) == "fine "
     assert stream.flush() == ("EN", False)
+
+
+def test_places_count_whole_characters_also_those_that_are_held_back() -> None:
+    stream, places = TextStream(TOKENIZER, [], ["xyz"]), []
+    for token_id in ids_of("éxy€!".encode()):
+        places.append(stream.num_chars)
+        stream.push(token_id)
+    assert places == [0, 0, 1, 2, 3, 3, 3, 4]

@@ -273,7 +273,7 @@ class _Flaky:
 
 def test_a_raising_forward_breaks_its_own_requests_only(llama: Any) -> None:
     batch = make_batch(llama)
-    batch._module = _Flaky(llama)
+    batch.module = _Flaky(llama)
     good = request("good", [1, 2, 3], max_tokens=20)
     answers = run(
         batch, good, request("fire", [66]), request("nan", [77]), request("late", [5]), stagger=2

@@ -2,10 +2,12 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
-from services.gpu_agent.engine.kv import Blocks, KVStore, OutOfBlocks, Span
+from services.gpu_agent.engine.kv import KVStore, Span
 from services.gpu_agent.skeleton import KVGeometry
 from tests.unit.engine_kit import FakePool
 
@@ -14,10 +16,14 @@ GEOMETRY = KVGeometry(LAYERS, HEADS, DIM, torch.float32, (None, None))
 
 
 def make_store(
-    page_tokens: int, pages: list[int], spare_bytes: int = 0
+    page_tokens: int, num_pages: int = 4, spare_bytes: int = 0
 ) -> tuple[KVStore, FakePool]:
-    pool = FakePool(GEOMETRY.bytes_per_token * page_tokens + spare_bytes, max(pages) + 2)
-    return KVStore(pool, GEOMETRY, pages), pool  # type: ignore[arg-type]
+    pool = FakePool(GEOMETRY.bytes_per_token * page_tokens + spare_bytes, num_pages)
+    return KVStore(pool, GEOMETRY), pool  # type: ignore[arg-type]
+
+
+def places(store: KVStore, blocks: list[int]) -> NDArray[np.int64]:
+    return np.concatenate([store.places(block) for block in blocks])
 
 
 @pytest.mark.parametrize(
@@ -25,29 +31,30 @@ def make_store(
     [(1, 0, 1), (5, 4, 5), (16, 100, 16), (24, 0, 12), (17, 8, 1), (32, 12, 16)],
 )
 def test_no_token_of_a_page_is_lost(page_tokens: int, spare_bytes: int, block: int) -> None:
-    store, _ = make_store(page_tokens, [1, 3], spare_bytes)
+    store, _ = make_store(page_tokens, spare_bytes=spare_bytes)
     assert store.block_tokens == block
-    assert store.num_tokens == store.num_free_tokens == 2 * page_tokens
+    assert store.block_tokens * store.blocks_per_page == page_tokens
+    assert store.block_bytes * store.blocks_per_page == page_tokens * GEOMETRY.bytes_per_token
 
 
-def test_blocks_are_taken_and_given_back() -> None:
-    store, _ = make_store(16, [4, 0, 2])
-    first, second = store.take(17), store.take(1)
-    assert (first.num_tokens, second.num_tokens) == (32, 16)
-    assert not set(first.slots.tolist()) & set(second.slots.tolist())
-    assert not store.can_take(1)
-    with pytest.raises(OutOfBlocks, match="1 tokens of KV cache wanted, 0 free of 48"):
-        store.take(1)
-    store.give(first)
-    assert store.num_free_tokens == 32
-    with pytest.raises(ValueError, match="given twice"):
-        store.give(first)
+def test_a_block_is_contiguous_and_nobody_elses() -> None:
+    store, pool = make_store(32, spare_bytes=12)
+    assert store.blocks_per_page == 2
+    pool.memory.zero_()
+    for block in range(2 * pool.num_pages):
+        store.block_view(block).view(torch.float32).fill_(block + 1.0)
+    for block in range(2 * pool.num_pages):
+        for plane in store.planes:
+            read = plane.index_select(0, torch.from_numpy(store.places(block)))
+            assert bool((read == block + 1.0).all())
+    spare = pool.memory.view(pool.num_pages, -1)[:, -3:]
+    assert bool((spare == 0).all()), "bytes past the last block were written"
 
 
 def test_a_token_larger_than_a_page_is_refused() -> None:
     pool = FakePool(64, 4)
     with pytest.raises(ValueError, match="larger pages"):
-        KVStore(pool, GEOMETRY, [0])  # type: ignore[arg-type]
+        KVStore(pool, GEOMETRY)  # type: ignore[arg-type]
 
 
 def _fresh(spans: list[Span]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,9 +66,15 @@ def _fresh(spans: list[Span]) -> tuple[torch.Tensor, torch.Tensor]:
 def test_rows_read_back_what_they_wrote_right_aligned(page_tokens: int, spare_bytes: int) -> None:
     torch.manual_seed(1)
     pages = random.Random(1).sample(range(1, 500, 2), -(-160 // page_tokens))
-    store, pool = make_store(page_tokens, pages, spare_bytes)
-    blocks = [store.take(n) for n in (40, 20, 30)]
-    written: list[list[list[torch.Tensor]]] = [[[], []] for _ in blocks]  # row, layer -> K|V
+    store, pool = make_store(page_tokens, max(pages) + 2, spare_bytes)
+    free = [
+        page * store.blocks_per_page + n for page in pages for n in range(store.blocks_per_page)
+    ]
+    rows_of = [
+        places(store, [free.pop() for _ in range(-(-n // store.block_tokens))])
+        for n in (40, 20, 30)
+    ]
+    written: list[list[list[torch.Tensor]]] = [[[], []] for _ in rows_of]  # row, layer -> K|V
 
     def step(spans: list[Span], rows: list[int]) -> None:
         view = store.view(spans)
@@ -78,14 +91,15 @@ def test_rows_read_back_what_they_wrote_right_aligned(page_tokens: int, spare_by
                 assert torch.equal(read[:, length - span.end :], whole)
                 assert not read.isnan().any(), "padding must be finite"
 
-    for row, (chunks, owned) in enumerate(zip([[20, 9], [3], [8, 8, 8]], blocks, strict=True)):
+    for row, (chunks, owned) in enumerate(zip([[20, 9], [3], [8, 8, 8]], rows_of, strict=True)):
         start = 0
         for size in chunks:
             step([Span(owned, start, start + size)], [row])
             start += size
     for n in range(6):
         step(
-            [Span(b, s + n, s + n + 1) for b, s in zip(blocks, (29, 3, 24), strict=True)], [0, 1, 2]
+            [Span(b, s + n, s + n + 1) for b, s in zip(rows_of, (29, 3, 24), strict=True)],
+            [0, 1, 2],
         )
 
     others = [p for p in range(pool.num_pages) if p not in pages]
@@ -93,8 +107,8 @@ def test_rows_read_back_what_they_wrote_right_aligned(page_tokens: int, spare_by
 
 
 def test_positions_and_mask_of_uneven_rows() -> None:
-    store, _ = make_store(16, [0, 1, 2])
-    long, short = store.take(16), store.take(16)
+    store, _ = make_store(16)
+    long, short = store.places(0), store.places(1)
     view = store.view([Span(long, 4, 5), Span(short, 1, 2)])
     assert view.position_ids.tolist() == [[4], [1]]
     assert view.attention_mask is not None
@@ -105,8 +119,8 @@ def test_positions_and_mask_of_uneven_rows() -> None:
 
 
 def test_rows_that_can_not_be_one_forward_pass_are_refused() -> None:
-    store, _ = make_store(16, [0, 1])
-    blocks: list[Blocks] = [store.take(16), store.take(16)]
+    store, _ = make_store(16)
+    blocks = [store.places(0), store.places(1)]
     with pytest.raises(ValueError, match="different numbers of new tokens"):
         store.view([Span(blocks[0], 0, 3), Span(blocks[1], 1, 2)])
     with pytest.raises(ValueError, match="without cached tokens"):

@@ -6,13 +6,13 @@ from schemas.state import AgentStatus, ModelFacts, ModelSpec, ReplicaState, Repl
 from services.scheduler.policy import (
     Placement,
     choose_preload,
-    choose_victims,
     place,
-    unserved_models,
 )
 from services.scheduler.reconcile import absorb_status
 from services.scheduler.replica import Agent, Replica
-from services.scheduler.state import ClusterState, Plan, Waiter
+from services.scheduler.state import ClusterState, Waiter
+from services.scheduler.turns import Turn, line, turns_of
+from services.scheduler.victims import busy_victims, choose_victims
 
 NOW = 100.0
 
@@ -52,7 +52,7 @@ class Scene:
         self.state.add_waiter(Waiter(f"{model}@{at}", model, "interactive", at))
 
     def place(self, model: str, claims: dict[str, int] | None = None) -> Placement | None:
-        return place(self.state, model, claims or {}, NOW)
+        return place(self.state, turns_of(self.state, model)[0], claims or {}, NOW)
 
 
 @pytest.mark.parametrize(
@@ -183,9 +183,95 @@ def test_8_room_in_host_memory() -> None:
     agent.replicas["a"].life.move("swap_out", NOW)
     assert scene.place("b") == Placement("gpu0", "make_room")  # until it has left
     agent.replicas["a"].life.move("swapped_out", NOW)
+    agent.replicas["a"].in_flight = 0
     assert scene.place("b") == Placement("gpu0", "load")
     scene.gpu("gpu1", 30, b=("host", 6, 0))
     assert scene.place("b") == Placement("gpu1", "swap_in")
+
+
+def test_8_images_with_suspended_requests_are_not_dropped_but_let_in() -> None:
+    scene = Scene()
+    agent = scene.gpu("gpu0", 12, a=("host", 11, 2), c=("resident", 6, 1), b=("cold", 6, 0))
+    agent.host_budget_bytes = 15
+    scene.waits("b")
+    assert scene.place("b") is None
+    scene.waits("b", NOW - 1.1)
+    agent.replicas["a"].host_since = NOW
+    assert scene.place("b") == Placement("gpu0", "make_room", ("c",))  # c's will do
+    agent.replicas["c"].resident_since = NOW
+    assert scene.place("b") == Placement("gpu0", "make_room")
+    agent.host_budget_bytes = 10
+    agent.replicas["c"].life.adopt("host", NOW, "test")
+    agent.replicas["c"].in_flight = 0
+    assert scene.place("b") == Placement("gpu0", "make_room")
+    scene.waits("c")
+    (a, c) = turns_of(scene.state, "a")[0], turns_of(scene.state, "c")[0]
+    assert place(scene.state, c, {}, NOW, closed=["gpu0"]) is None
+    assert place(scene.state, a, {}, NOW, closed=["gpu0"]) == Placement("gpu0", "swap_in")
+
+
+# -- suspended requests --------------------------------------------------------------------
+
+
+def test_suspended_requests_wait_for_the_gpu_that_has_them() -> None:
+    scene = Scene()
+    scene.gpu("gpu0", 10, a=("host", 8, 2), c=("resident", 8, 1))
+    scene.gpu("gpu1", 10, a=("host", 8, 0))
+    scene.state.agents["gpu0"].replicas["a"].host_since = NOW - 0.5
+    assert turns_of(scene.state, "a") == [Turn("a", "gpu0", NOW - 0.5, "")]
+    assert scene.place("a") is None
+    scene.waits("a", NOW - 1.1)
+    assert turns_of(scene.state, "a") == [Turn("a", "gpu0", NOW - 1.1, f"a@{NOW - 1.1}")]
+    assert scene.place("a") == Placement("gpu0", "evict", ("c",))
+
+
+def test_who_is_served_elsewhere_does_not_hasten_suspended_requests() -> None:
+    scene = Scene()
+    scene.gpu("gpu0", 10, a=("host", 8, 2))
+    scene.gpu("gpu1", 10, a=("resident", 8, 1))
+    scene.state.agents["gpu0"].replicas["a"].host_since = NOW - 0.5
+    scene.waits("a", NOW - 9.0)  # the batch on gpu1 is full
+    assert line(scene.state) == [Turn("a", "gpu0", NOW - 0.5, "")]
+
+
+def test_each_replica_with_suspended_requests_has_a_turn() -> None:
+    scene = Scene()
+    for at, gpu in enumerate(("gpu0", "gpu1")):
+        scene.gpu(gpu, 10, a=("host", 8, 2), b=("host", 8, 0))
+        scene.state.agents[gpu].replicas["a"].host_since = NOW - at
+    scene.waits("b", NOW - 0.5)
+    assert [(turn.model, turn.gpu) for turn in line(scene.state)] == [
+        ("a", "gpu1"),
+        ("b", ""),
+        ("a", "gpu0"),
+    ]
+    scene.state.agents["gpu1"].is_alive = False  # the queue will deliver those again
+    assert [(turn.model, turn.gpu) for turn in line(scene.state)] == [("b", ""), ("a", "gpu0")]
+
+
+def test_a_gpu_that_owes_suspended_requests_is_pressed() -> None:
+    scene = Scene()
+    scene.gpu("gpu0", 30, a=("host", 10, 1), b=("host", 8, 0))
+    scene.gpu("gpu1", 20, b=("host", 8, 0))
+    scene.waits("b")
+    assert scene.place("b") == Placement("gpu1", "swap_in")
+
+
+@pytest.mark.parametrize(
+    ("swap_s", "stayed_s", "may_leave"),
+    [(0.0, 0.9, False), (0.0, 1.0, True), (2.0, 7.9, False), (2.0, 8.0, True)],
+)
+def test_a_busy_model_stays_for_some_times_what_its_swap_in_took(
+    swap_s: float, stayed_s: float, may_leave: bool
+) -> None:
+    scene = Scene()
+    agent = scene.gpu("gpu0", 10, a=("resident", 8, 1))
+    agent.replicas["a"].swap_s = swap_s
+    agent.replicas["a"].resident_since = NOW - stayed_s
+    assert bool(busy_victims(scene.state, agent, NOW)) is may_leave
+
+
+# -- who goes nowhere ----------------------------------------------------------------------
 
 
 def test_a_model_larger_than_the_device_goes_nowhere() -> None:
@@ -211,8 +297,7 @@ def test_models_are_served_by_their_earliest_waiter() -> None:
     )
     for model, at in (("a", 3.0), ("b", 2.0), ("c", 1.0), ("a", 1.5), ("d", 1.0)):
         scene.waits(model, at)
-    scene.state.plans["d"] = Plan("d", "gpu0", "d@1.0")
-    assert unserved_models(scene.state) == ["a", "b"]
+    assert [turn.model for turn in line(scene.state)] == ["d", "a", "b"]
 
 
 def test_preload_goes_in_order_one_at_a_time() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from schemas.requests import SamplingParams
-from services.gpu_agent.engine.sampling import BadLogits, Sampler, sample
+from services.gpu_agent.engine.sampling import BadLogits, Chosen, Sampler, sample
 
 VOCABULARY = 50
 
@@ -18,7 +18,12 @@ def logits(seed: int = 0) -> torch.Tensor:
 def draw(count: int, like: torch.Tensor | None = None, **params: Any) -> list[int]:
     sampler = Sampler(SamplingParams(**{"seed": 1, **params}), ())
     row = (logits() if like is None else like)[None]
-    return [int(token) for _ in range(count) for token in sample(row, [sampler])]  # type: ignore[arg-type]
+    return [token for _ in range(count) for token in ids(sample(row, [sampler]))]
+
+
+def ids(chosen: list[Chosen | BadLogits]) -> list[int]:
+    assert all(isinstance(one, Chosen) for one in chosen), chosen
+    return [one.token_id for one in chosen if isinstance(one, Chosen)]
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.0}])
@@ -49,7 +54,7 @@ def test_a_seed_fixes_the_draws_whatever_else_is_in_the_batch() -> None:
     one, other = (Sampler(SamplingParams(seed=s), ()) for s in (9, 10))
     greedy = Sampler(SamplingParams(seed=0, temperature=0.0), ())
     rows = torch.stack([logits(3), logits(), logits(4)])
-    assert [sample(rows, [other, one, greedy])[1] for _ in range(30)] == alone
+    assert [ids(sample(rows, [other, one, greedy]))[1] for _ in range(30)] == alone
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63, 2**64 - 1])
@@ -62,17 +67,17 @@ def test_end_of_sequence_is_held_back_until_min_tokens(temperature: float) -> No
     row = torch.zeros(1, VOCABULARY)
     row[0, 7], row[0, 8], row[0, 9] = 60.0, 50.0, 40.0
     sampler = Sampler(SamplingParams(seed=0, temperature=temperature, min_tokens=3), {7, 8})
-    assert [sample(row, [sampler])[0] for _ in range(5)] == [9, 9, 9, 7, 7]
+    assert [ids(sample(row, [sampler]))[0] for _ in range(5)] == [9, 9, 9, 7, 7]
 
 
 def test_rows_without_probabilities_fail_alone() -> None:
     rows = torch.stack([logits(), torch.full((VOCABULARY,), torch.nan), logits()])
     rows[2, 4] = torch.inf
     chosen = sample(rows, [Sampler(SamplingParams(seed=0, temperature=0.0), ()) for _ in rows])
-    assert chosen[0] == int(logits().argmax())
+    assert chosen[0] == Chosen(int(logits().argmax()))
     assert isinstance(chosen[1], BadLogits)
     assert isinstance(chosen[2], BadLogits)
     masked = logits()
     masked[3] = -torch.inf  # some models rule tokens out this way
     sampler = Sampler(SamplingParams(seed=0), ())
-    assert sample(masked[None], [sampler])[0] != 3
+    assert ids(sample(masked[None], [sampler])) != [3]

@@ -33,6 +33,8 @@ SPEC = state.ModelSpec(
     kv_tokens=8192,
     preload=False,
     trust_remote_code=True,
+    runner="embed",
+    preemption="recompute",
 )
 FACTS = state.ModelFacts(
     architecture="LlamaForCausalLM",
@@ -42,6 +44,8 @@ FACTS = state.ModelFacts(
     kv_bytes=33_554_432,
     max_model_len=4096,
     max_batch=16,
+    runner="embed",
+    dimensions=1024,
 )
 TRACE = state.SwapTrace(
     started_at=1767225600.25,
@@ -57,6 +61,8 @@ TRACE = state.SwapTrace(
     verify_s=0.125,
     ceiling_gb_per_s=12.5,
     link=state.PcieLink(generation=4, width=16, replays=7),
+    suspend_s=0.0625,
+    kv_bytes=1_048_576,
 )
 TIMING = stream.RequestTiming(queue_wait_s=0.75, prefill_s=0.125, decode_s=2.5)
 REPLICA = state.ReplicaStatus(
@@ -77,7 +83,16 @@ SAMPLING = requests.SamplingParams(
     top_k=40,
     stop=("\n\n", "é"),
     ignore_eos=True,
+    min_p=0.05,
+    presence_penalty=0.5,
+    frequency_penalty=-0.25,
+    repetition_penalty=1.125,
+    stop_token_ids=(2, 32000),
+    logit_bias={50256: -100.0},
+    logprobs=3,
 )
+TOKEN = stream.TokenLogprob(token_id=11, logprob=-0.5, text="\\xe2", raw=b"\xe2")
+TOLD = stream.TokenLogprobs(chosen=TOKEN, offset=21, top=(TOKEN,))
 AT = 1767225600.5
 
 
@@ -102,7 +117,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     commands.Register(**_COMMAND, spec=SPEC),
     commands.Load(**_COMMAND, request_id="req-1"),
     commands.SwapIn(**_COMMAND, request_id="req-1", waiting_since=AT - 1, decided_at=AT - 0.75),
-    commands.SwapOut(**_COMMAND, request_id="req-1"),
+    commands.SwapOut(**_COMMAND, request_id="req-1", preempt=True),
     events.AgentStarted(
         gpu="gpu0",
         instance="i1",
@@ -124,7 +139,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     events.FirstTokenSent(
         **_EVENT, request_id="req-1", prompt_tokens=12, first_token_s=0.5, swap_s=0.25
     ),
-    events.SwapOutCompleted(**_EVENT, trace=TRACE),
+    events.SwapOutCompleted(**_EVENT, trace=TRACE, num_suspended=2),
     events.VerificationFailed(**_EVENT, check="page", reason="page 7 of 118 differs"),
     events.ModelVerified(
         gpu="gpu0", model="m", at=AT, num_pages=118, num_bytes=247_463_936, verify_s=0.5
@@ -175,11 +190,22 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     ),
     _generate(requests.TextPrompt(text="Once upon a time")),
     _generate(requests.TokenPrompt(token_ids=(1, 2, 3))),
+    requests.EmbedRequest(
+        request_id="req-1",
+        model="m",
+        klass="interactive",
+        inputs=("Grüße", (1, 2, 3)),
+        reply_to="_INBOX_api.abc.req-1",
+        created_at=AT,
+        deadline_at=AT + 60,
+        dimensions=256,
+    ),
     requests.CancelRequest(request_id="req-1", model="m"),
     requests.VerifyRequest(model="m"),
     events.DeploymentFailed(model="m", at=1.5, reason="needs 9 MiB of device memory"),
     stream.Started(**_CHUNK, gpu="gpu0", start="switch", swap=TRACE),
-    stream.Tokens(**_CHUNK, index=7, token_ids=(11, 12), text=" a time"),
+    stream.Tokens(**_CHUNK, index=7, token_ids=(11, 12), text=" a time", logprobs=(TOLD, TOLD)),
+    stream.Vectors(**_CHUNK, index=7, dimensions=2, data=b"\x00\x00\x80?\x00\x00\x00\x00"),
     stream.Finished(
         **_CHUNK,
         finish_reason="stop",
@@ -238,6 +264,18 @@ def test_the_bytes_are_frozen_and_decode_back(example: msgspec.Struct, line: byt
     assert msgspec.json.encode(example) == line
     assert msgspec.json.decode(line, type=type(example)) == example
     assert json.loads(line)["type"] == _tag(type(example))
+
+
+def test_tokens_of_those_who_ask_for_no_log_probabilities_do_not_grow() -> None:
+    plain = stream.Tokens("r", 1, 0, (7,), "x")
+    assert set(json.loads(msgspec.json.encode(plain))) == {
+        "type",
+        "request_id",
+        "attempt",
+        "index",
+        "token_ids",
+        "text",
+    }
 
 
 @pytest.mark.parametrize("cls", _structs(), ids=lambda cls: cls.__name__)

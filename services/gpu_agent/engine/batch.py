@@ -1,24 +1,19 @@
-"""The running batch of one resident model: continuous batching, one forward pass per step.
+"""The requests of one model: continuous batching, one forward pass per step.
 
-    submit ──> waiting ──(blocks, a place)──> prefill ──> decoding ──> Done
-                  │ ^────────── parked: out of blocks ────────┘
-                  `──────────── cancel, deadline, failure ──────────> Done | Broke
+    submit ──> waiting ──> prefill ──> decoding ──> Done
+                  `──────── cancel, deadline, failure ────> Done | Broke
 
-A step is: schedule, forward, sample, emit. It does one of two things:
+A step is: schedule, forward, sample, emit. Who computes next is for schedule.py to say. Requests
+join at the end of a step and leave at any; rows never depend on each other.
 
-1. a chunk of the oldest unfinished prompt, if there is one and the last step was not one;
-2. else one token for every row that decodes.
-
-So a long prompt and running streams take turns, and neither waits for the other's whole.
-Blocks are taken as a row grows. When they run out, the row admitted last is parked; the
-first one can always go on, so all of them end.
-Requests join at the end of a step and leave at any; rows never depend on each other.
+A batch stays when its model leaves the device: `suspend` parks all rows where they are, and they
+go on after the next `attach`.
 """
 
 import inspect
 import logging
+import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -27,67 +22,107 @@ import torch
 from schemas.requests import GenerateRequest
 from schemas.stream import ErrorCode
 from services.gpu_agent.arrival import NotArrived
-from services.gpu_agent.engine.kv import KVStore, OutOfBlocks
+from services.gpu_agent.engine.decode_graph import DecodeGraphs
+from services.gpu_agent.engine.kv import Span
+from services.gpu_agent.engine.kv_manager import KVManager
 from services.gpu_agent.engine.prompts import InvalidPrompt, ModelText
 from services.gpu_agent.engine.row import Row
-from services.gpu_agent.engine.sampling import BadLogits, sample
+from services.gpu_agent.engine.sampling import BadLogits, check, sample
+from services.gpu_agent.engine.schedule import DEFAULT_CHUNK_TOKENS, Schedule
 from services.gpu_agent.ipc import Begun, Broke, Done, FromWorker
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_CHUNK_TOKENS: Final = 512
+# While a model arrives its first layer is there long before its last: a prompt in several chunks
+# would send each of them, but for the first, through layers that have long been waiting.
+ARRIVING_CHUNK_TOKENS: Final = 4096
+# Of full blocks, to host memory, per step. More than decoding fills, little beside a forward.
+WRITE_BEHIND_BYTES: Final = 16 * 2**20
 
 
 class Batch:
-    """All requests of one resident model. Made at swap-in, dropped at swap-out.
+    """All requests of one model. Made at its first swap-in.
 
-    ``module`` is a transformers causal language model, ``kv`` its KV reserve. Every
-    ``submit`` ends in exactly one Done or Broke, from the call itself, from a later
-    ``step`` or ``cancel``, or from ``abort``. Nothing here raises for what a request or
-    the model's forward pass does.
+    ``module`` is a transformers causal language model, ``kv`` its cache, ``graphs`` its recorded
+    decode steps where the device has such. Every ``submit`` ends in exactly one Done or Broke,
+    from the call itself, from a later ``step``, ``expire`` or ``cancel``, or from ``abort``.
+    Nothing here raises for what a request or the model's forward pass does.
     """
 
     def __init__(
         self,
         module: Any,
-        kv: KVStore,
+        kv: KVManager,
         text: ModelText,
         max_model_len: int,
         max_batch: int,
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         wall_clock: Callable[[], float] = time.time,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
-        self._module = module
-        self._kv = kv
+        self.module = module
+        self.kv: Final = kv
         self._text = text
-        self._max_batch = max_batch
         self._max_model_len = max_model_len
-        self._limit = min(max_model_len, kv.num_tokens)  # tokens of the longest possible row
-        self.chunk_tokens = chunk_tokens  # of a prompt, in one forward pass
+        # Tokens of the longest possible row.
+        self._limit = min(max_model_len, kv.num_reserve_tokens)
+        self._chunk_tokens = chunk_tokens
         self._wall_clock = wall_clock
-        self._waiting: deque[Row] = deque()
-        self._running: dict[str, Row] = {}  # in order of admission
-        self._last_was_prefill = False
-        self.num_parked = 0  # how often a row had to give way, over the batch's life
+        self._graphs = graphs
+        self._rows = Schedule(kv, max_batch, chunk_tokens)
         self._accepted = frozenset(inspect.signature(module.forward).parameters)
 
     @property
     def num_requests(self) -> int:
-        return len(self._waiting) + len(self._running)
+        return len(self._rows)
+
+    @property
+    def num_parked(self) -> int:
+        """How often a row had to give way, over the batch's life."""
+        return self._rows.num_parked
 
     def has(self, request_id: str) -> bool:
-        return self._find(request_id) is not None
+        return self._rows.find(request_id) is not None
+
+    # -- the model comes and goes ----------------------------------------------------------
+
+    def attach(self, pages: Sequence[int]) -> None:
+        """The model is on its way to the device. ``pages``: its KV reserve."""
+        self.kv.attach(pages)
+        self.kv.is_trusted = False
+        self._rows.chunk_tokens = max(self._chunk_tokens, ARRIVING_CHUNK_TOKENS)
+
+    def arrived(self) -> None:
+        """Its weights are there, and checked."""
+        self.kv.is_trusted = True
+        self._rows.chunk_tokens = self._chunk_tokens
+
+    def suspend(self) -> int:
+        """Park all rows and let go of the pages; bytes that had to be copied to host memory now.
+
+        On CUDA they are on their way: the pages are free for copies that are ordered after what
+        the compute stream was given.
+        """
+        before = self.kv.copied_bytes
+        self._rows.park_all()
+        self.kv.detach()
+        return self.kv.copied_bytes - before
+
+    def give_back(self, num_pages: int) -> None:
+        """Return borrowed pages to the pool, ``num_pages`` or all there are."""
+        self._rows.give_back(num_pages)
 
     # -- requests come and go --------------------------------------------------------------
 
     def submit(self, request: GenerateRequest) -> list[FromWorker]:
         """Take ``request`` in, or refuse it alone. A repeated id ends the earlier request."""
         out: list[FromWorker] = []
-        if earlier := self._find(request.request_id):
+        if earlier := self._rows.find(request.request_id):
             message = "the request was submitted again; this run of it ends here"
             out.append(self._break(earlier, "cancelled", message))
         try:
             ids = self._text.encode(request.prompt)
+            check(request.sampling, self._text.vocab_size)
         except InvalidPrompt as error:
             return [*out, Broke(request.request_id, "invalid_prompt", str(error))]
         if len(ids) >= self._limit:
@@ -98,23 +133,36 @@ class Batch:
         row = Row.of(request, ids, room if asked is None else min(asked, room), self._text)
         if row.max_new < 1:
             return [*out, row.finish("length")]
-        self._waiting.append(row)
+        self._rows.add(row)
         return out
 
     def cancel(self, request_id: str) -> list[FromWorker]:
         """End a request now. Nothing where it is not here (it may just have ended)."""
-        row = self._find(request_id)
+        row = self._rows.find(request_id)
         if row is None:
             return []
         done: Done = row.finish("cancelled")
-        self._remove(row)
+        self._rows.remove(row)
         return [done]
 
     def abort(self, code: ErrorCode, message: str) -> list[FromWorker]:
         """End all requests with the same error."""
+        return [self._break(row, code, message) for row in self._rows]
+
+    def expire(self) -> list[FromWorker]:
+        """End requests whose deadline is over: nobody waits for their answer."""
+        now = self._wall_clock()
+        message = "the request's deadline passed before its end"
         return [
-            self._break(row, code, message) for row in [*self._running.values(), *self._waiting]
+            self._break(row, "deadline_exceeded", message)
+            for row in self._rows
+            if row.request.deadline_at < now
         ]
+
+    @property
+    def next_deadline(self) -> float:
+        """Unix seconds; infinite where no request has one."""
+        return min((row.request.deadline_at for row in self._rows), default=math.inf)
 
     def _too_long(self, num_prompt: int) -> str:
         if self._limit < self._max_model_len:
@@ -132,8 +180,8 @@ class Batch:
 
     def step(self) -> list[FromWorker]:
         """One forward pass, if there is anything to compute; what to tell about it."""
-        out = [*self._expire(), *self._admit()]
-        rows = self._schedule()
+        out = [*self.expire(), *self._admit()]
+        rows = self._rows.next()
         if not rows:
             return out
         try:
@@ -147,76 +195,43 @@ class Batch:
             logger.exception("model %s: forward pass failed", self._text.model)
             message = f"model {self._text.model!r} failed: {type(error).__name__}: {error}"
             return [*out, *(self._break(row, "engine_failed", message) for row in rows)]
-        for row, token in zip(rows, chosen, strict=True):
-            if isinstance(token, BadLogits):
-                message = f"model {self._text.model!r}: {token}"
+        for row, one in zip(rows, chosen, strict=True):
+            if isinstance(one, BadLogits):
+                message = f"model {self._text.model!r}: {one}"
                 out.append(self._break(row, "engine_failed", message))
                 continue
-            out += row.accept(token)
+            out += row.accept(one)
             if row.ended:
-                self._remove(row)
+                self._rows.remove(row)
         return out
 
-    def _expire(self) -> list[FromWorker]:
-        """End requests whose deadline is over: nobody waits for their answer."""
-        now = self._wall_clock()
-        rows = [*self._waiting, *self._running.values()]
-        return [
-            self._break(row, "deadline_exceeded", "the request's deadline passed before its end")
-            for row in rows
-            if row.request.deadline_at < now
-        ]
-
     def _admit(self) -> list[FromWorker]:
-        """First come, first served, where there are blocks for all its tokens and one more."""
         out: list[FromWorker] = []
-        while self._waiting and len(self._running) < self._max_batch:
-            row = self._waiting[0]
-            if not self._kv.can_take(len(row.ids) + 1):
-                break
-            self._waiting.popleft()
-            row.blocks = self._kv.take(len(row.ids) + 1)
-            row.prefill_end = len(row.ids)
-            self._running[row.request_id] = row
+        for row in self._rows.admit():
             if not row.begun_at:
                 row.begun_at = time.perf_counter()
                 out.append(Begun(row.request_id, row.num_prompt, self._wall_clock()))
         return out
 
-    def _grow(self, rows: list[Row]) -> list[Row]:
-        """Those of ``rows`` that have room for their next token, after parking others for it."""
-        for row in rows:
-            while row.blocks is not None and row.blocks.num_tokens < len(row.ids):
-                try:
-                    row.blocks = self._kv.extend(row.blocks, len(row.ids))
-                except OutOfBlocks:
-                    self._park(next(reversed(self._running.values())))  # perhaps row itself
-        return [row for row in rows if row.blocks is not None]
-
-    def _park(self, row: Row) -> None:
-        """Give its blocks to those before it; it is first in line to come back."""
-        assert row.blocks is not None
-        del self._running[row.request_id]
-        self._kv.give(row.blocks)
-        row.blocks, row.num_cached = None, 0
-        self._waiting.appendleft(row)
-        self.num_parked += 1
-
-    def _schedule(self) -> list[Row]:
-        """The rows of this step's forward pass: one in prefill, or all that decode."""
-        filling = next((row for row in self._running.values() if row.in_prefill), None)
-        decoding = [row for row in self._running.values() if not row.in_prefill]
-        self._last_was_prefill = filling is not None and not (decoding and self._last_was_prefill)
-        if self._last_was_prefill and filling is not None:
-            return [filling]
-        return self._grow(decoding)
-
     def _forward(self, rows: Sequence[Row]) -> torch.Tensor:
         """Compute each row's next tokens: logits (rows, vocabulary) at the last of them."""
-        most = self.chunk_tokens if rows[0].in_prefill else 1
-        spans = [row.span(most) for row in rows]
-        view = self._kv.view(spans)
+        decodes = not rows[0].in_prefill
+        spans = [row.span(1 if decodes else self._rows.chunk_tokens) for row in rows]
         new_ids = [row.ids[span.start : span.end] for row, span in zip(rows, spans, strict=True)]
+        with torch.inference_mode():
+            if self._graphs and decodes and self.kv.is_trusted:
+                logits = self._graphs.step(
+                    spans, [ids[0] for ids in new_ids], lambda: self._compute(spans, new_ids)
+                )
+            else:
+                logits = self._compute(spans, new_ids)
+            for row, span in zip(rows, spans, strict=True):
+                self.kv.computed(row.kv, row.ids, span.end)
+            self.kv.write_behind(WRITE_BEHIND_BYTES)
+        return logits
+
+    def _compute(self, spans: Sequence[Span], new_ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        view = self.kv.store.view(spans)
         arguments = {
             "attention_mask": view.attention_mask,
             "position_ids": view.position_ids,
@@ -225,40 +240,19 @@ class Batch:
             "logits_to_keep": 1,
             "return_dict": True,
         }
-        with torch.inference_mode():
-            result = self._module(
-                input_ids=torch.tensor(new_ids, device=self._kv.device),
-                **{name: value for name, value in arguments.items() if name in self._accepted},
-            )
-        for row, span in zip(rows, spans, strict=True):
-            row.num_cached = span.end
+        result = self.module(
+            input_ids=torch.tensor(new_ids, device=self.kv.store.device),
+            **{name: value for name, value in arguments.items() if name in self._accepted},
+        )
         logits: torch.Tensor = result.logits[:, -1]
         return logits
 
     # -- bookkeeping -----------------------------------------------------------------------
 
-    def _find(self, request_id: str) -> Row | None:
-        if row := self._running.get(request_id):
-            return row
-        return next((row for row in self._waiting if row.request_id == request_id), None)
-
     def _break(self, row: Row, code: ErrorCode, message: str) -> Broke:
-        self._remove(row)
+        self._rows.remove(row)
         return row.fail(Broke(row.request_id, code, message))
-
-    def _remove(self, row: Row) -> None:
-        if row.blocks is None:
-            self._waiting.remove(row)
-            return
-        del self._running[row.request_id]
-        self._kv.give(row.blocks)
-        row.blocks = None
 
     def validate(self) -> None:
         """Raise AssertionError where the batch's books do not balance."""
-        owned = sum(row.blocks.num_tokens for row in self._running.values() if row.blocks)
-        assert owned + self._kv.num_free_tokens == self._kv.num_tokens, "KV blocks leak"
-        assert len(self._running) <= self._max_batch, "more rows than max_batch"
-        assert all(row.blocks is None for row in self._waiting), "a waiting row owns blocks"
-        rows = [*self._running.values(), *self._waiting]
-        assert not any(row.ended for row in rows), "an ended row is still here"
+        self._rows.validate()

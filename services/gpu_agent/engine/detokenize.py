@@ -38,6 +38,7 @@ class Detokenizer:
         self._ids = list(prompt_ids[-PROMPT_TAIL:])
         self._window = 0
         self._given = len(self._ids)
+        self.num_chars = 0  # given out so far
 
     def push(self, token_id: int) -> str:
         """Whole characters that ``token_id`` completes; often "", never half a character."""
@@ -58,7 +59,9 @@ class Detokenizer:
             end -= UNFINISHED
             text = self._decode(self._ids[self._window : end])
         self._window, self._given = self._given, end
-        return text[len(known) :]
+        new = text[len(known) :]
+        self.num_chars += len(new)
+        return new
 
     def _decode(self, ids: list[int]) -> str:
         return str(
@@ -113,6 +116,11 @@ class TextStream:
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], stops: Sequence[str]) -> None:
         self._detokenizer = Detokenizer(tokenizer, prompt_ids)
         self._stops = StopFinder(stops)
+
+    @property
+    def num_chars(self) -> int:
+        """Characters of the completion so far, those that wait for a stop string included."""
+        return self._detokenizer.num_chars
 
     def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
         """(text that ``token_id`` adds, whether a stop string was reached)."""

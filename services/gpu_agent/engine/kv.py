@@ -1,15 +1,14 @@
-"""Paged KV cache: the keys and values of all requests of one resident model, on its pages.
+"""Paged KV cache: the keys and values of one model's requests, on the pool's pages.
 
-One page, for a model with L layers whose K (or V) takes W elements per token and layer,
-and T tokens per page:
+A page is cut into blocks of a few tokens, and a block is contiguous, so that it is copied to host
+memory and back as one piece. One block, for a model with L layers whose K (or V) takes W elements
+per token and layer, and T tokens per block:
 
-    | layer 0 K: T x W | layer 0 V: T x W | layer 1 K: T x W | ... | layer L-1 V: T x W | rest |
+    | layer 0 K: T x W | layer 0 V: T x W | layer 1 K: T x W | ... | layer L-1 V: T x W |
 
-A page is cut into blocks of a few tokens (all layers of a block are in the same page), and
-a request owns a list of blocks. So a large page does not limit how many requests run.
-
-`KVStore` hands out blocks. `CacheView` is what one forward pass sees: a transformers `Cache`
-that writes the new tokens' K and V into their places and gathers what each row has so far.
+Which blocks a request has is somebody else's concern (kv_manager.py). Here: where their bytes
+are, and `CacheView`, which is what one forward pass sees: a transformers `Cache` that writes the
+new tokens' K and V into their places and gathers what each row has so far.
 
 Rows of different length are aligned at the right, as a left-padded batch is:
 
@@ -26,7 +25,9 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any, Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import Cache
 
 from services.gpu_agent.pages import PagePool
@@ -35,38 +36,26 @@ from services.gpu_agent.skeleton import KVGeometry
 MAX_BLOCK_TOKENS: Final = 16
 
 
-class OutOfBlocks(Exception):
-    """Fewer blocks are free than a request needs. Nothing was taken."""
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """What one request owns. ``slots`` (int64, on the host): token i lives in slot slots[i]."""
-
-    ids: tuple[int, ...]
-    slots: torch.Tensor
-
-    @property
-    def num_tokens(self) -> int:
-        return self.slots.numel()
-
-
 @dataclass(frozen=True)
 class Span:
-    """One row of a forward pass: tokens ``start`` (inclusive) to ``end`` are computed now."""
+    """One row of a forward pass: tokens ``start`` (inclusive) to ``end`` are computed now.
 
-    blocks: Blocks
+    ``places``: int64, where each token of the row is (`KVStore.places`).
+    """
+
+    places: NDArray[np.int64]
     start: int
     end: int
 
 
 class KVStore:
-    """The KV reserve of one resident model: ``pages`` of ``pool``, owned until swap-out.
+    """Where one model's KV blocks are on ``pool``. It owns nothing; block b is number
+    ``b % blocks_per_page`` of page ``b // blocks_per_page``.
 
     Raises ValueError where one token does not fit in one page.
     """
 
-    def __init__(self, pool: PagePool, geometry: KVGeometry, pages: Sequence[int]) -> None:
+    def __init__(self, pool: PagePool, geometry: KVGeometry) -> None:
         per_page = pool.page_bytes // geometry.bytes_per_token
         if per_page < 1:
             raise ValueError(
@@ -79,85 +68,45 @@ class KVStore:
         self.block_tokens: Final = next(
             size for size in range(MAX_BLOCK_TOKENS, 0, -1) if per_page % size == 0
         )
-        self._tokens_per_page: Final = per_page
-        self._pages: Final = torch.tensor(list(pages), dtype=torch.int64)
-        self._free: Final = list(range(len(pages) * self._blocks_per_page))[::-1]
+        self.blocks_per_page: Final = per_page // self.block_tokens
+        self.block_bytes: Final = self.block_tokens * geometry.bytes_per_token
+        self._page_bytes: Final = pool.page_bytes
+        self._bytes: Final = pool.identity(torch.uint8)
         self._cut(pool)
 
     def _cut(self, pool: PagePool) -> None:
-        """Make the views that layers write through and read through.
+        """Make the views that layers write and read through: one plane for each layer's K and V.
 
-        Writing: (page, token in page, W), indexed by two tensors. Reading: one index per
-        token, because `index_select` copies whole rows and is several times faster than
-        two-tensor indexing. A single row stride that reaches every token of every page is
-        the greatest common divisor of page and row; those views overlap themselves, which
-        is fine for reading and only for that. Only owned pages are ever touched.
+        One index per token, because `index_select` and `index_copy_` move whole rows and are
+        several times faster than indexing by page and token. A single row stride that reaches
+        every token of every page is the greatest common divisor of page and row: rows of a plane
+        overlap in general, those of tokens never do. Only blocks in use are ever touched.
         """
         flat = pool.identity(self.geometry.dtype)
-        self._page_elements = pool.page_bytes // self.geometry.dtype.itemsize
-        self._width = self.geometry.num_kv_heads * self.geometry.head_dim
-        self._stride = gcd(self._page_elements, self._width)
-        plane = self._tokens_per_page * self._width
-        self.write_views: list[torch.Tensor] = []  # [2 * layer] is K, [2 * layer + 1] is V
-        self.read_views: list[torch.Tensor] = []
+        width = self.geometry.num_kv_heads * self.geometry.head_dim
+        page = pool.page_bytes // self.geometry.dtype.itemsize
+        block = self.block_bytes // self.geometry.dtype.itemsize
+        stride = gcd(page, width)
+        self._page_rows = page // stride
+        self._block_rows = block // stride
+        self._token_rows = np.arange(self.block_tokens, dtype=np.int64) * (width // stride)
+        self.planes: list[torch.Tensor] = []  # [2 * layer] is K, [2 * layer + 1] is V
         for number in range(2 * self.geometry.num_layers):
-            offset = flat.storage_offset() + number * plane
-            self.write_views.append(
-                flat.as_strided(
-                    (pool.num_pages, self._tokens_per_page, self._width),
-                    (self._page_elements, self._width, 1),
-                    offset,
-                )
-            )
-            rows = (flat.numel() - number * plane - self._width) // self._stride + 1
-            self.read_views.append(flat.as_strided((rows, self._width), (self._stride, 1), offset))
+            start = number * self.block_tokens * width
+            rows = (flat.numel() - start - width) // stride + 1
+            offset = flat.storage_offset() + start
+            self.planes.append(flat.as_strided((rows, width), (stride, 1), offset))
 
-    @property
-    def _blocks_per_page(self) -> int:
-        return self._tokens_per_page // self.block_tokens
+    def places(self, block: int) -> NDArray[np.int64]:
+        """Index of each token of ``block`` into the planes."""
+        page, number = divmod(block, self.blocks_per_page)
+        return page * self._page_rows + number * self._block_rows + self._token_rows
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that fit when nothing else is there: the longest possible request."""
-        return self._pages.numel() * self._tokens_per_page
-
-    @property
-    def num_free_tokens(self) -> int:
-        return len(self._free) * self.block_tokens
-
-    def can_take(self, num_tokens: int) -> bool:
-        return self._blocks_for(num_tokens) <= len(self._free)
-
-    def take(self, num_tokens: int) -> Blocks:
-        """Blocks for ``num_tokens`` tokens (rounded up). OutOfBlocks takes nothing."""
-        count = self._blocks_for(num_tokens)
-        if count > len(self._free):
-            raise OutOfBlocks(
-                f"{num_tokens} tokens of KV cache wanted, {self.num_free_tokens} free "
-                f"of {self.num_tokens}"
-            )
-        return self._blocks(tuple(self._free.pop() for _ in range(count)))
-
-    def extend(self, blocks: Blocks, num_tokens: int) -> Blocks:
-        """``blocks`` and as many more as ``num_tokens`` tokens need. OutOfBlocks takes nothing."""
-        short = num_tokens - blocks.num_tokens
-        if short <= 0:
-            return blocks
-        return self._blocks(blocks.ids + self.take(short).ids)
-
-    def _blocks(self, ids: tuple[int, ...]) -> Blocks:
-        first = torch.tensor(ids, dtype=torch.int64) * self.block_tokens
-        slots = (first[:, None] + torch.arange(self.block_tokens)).flatten()
-        return Blocks(ids, slots)
-
-    def give(self, blocks: Blocks) -> None:
-        """Back to the free list. ValueError where any of them is free already."""
-        if twice := set(blocks.ids) & set(self._free):
-            raise ValueError(f"KV blocks given twice: {sorted(twice)}")
-        self._free.extend(reversed(blocks.ids))
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_tokens)
+    def block_view(self, block: int) -> torch.Tensor:
+        """All bytes of ``block``: uint8 (block_bytes,), on the device."""
+        page, number = divmod(block, self.blocks_per_page)
+        start = page * self._page_bytes + number * self.block_bytes
+        return self._bytes[start : start + self.block_bytes]
 
     # -- one forward pass ------------------------------------------------------------------
 
@@ -173,27 +122,11 @@ class KVStore:
             raise ValueError("rows of one forward pass have different numbers of new tokens")
         if any(span.end < length and span.start == 0 for span in spans):
             raise ValueError("a row without cached tokens cannot be padded")
-        read = torch.stack(
-            [
-                torch.cat(
-                    (
-                        span.blocks.slots[:1].expand(length - span.end),
-                        span.blocks.slots[: span.end],
-                    )
-                )
-                for span in spans
-            ]
-        )
-        return CacheView(self, read, num_new, [span.end for span in spans])
-
-    def locate(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Page number and token in page of each slot."""
-        return self._pages[slots // self._tokens_per_page], slots % self._tokens_per_page
-
-    def rows(self, slots: torch.Tensor) -> torch.Tensor:
-        """Index of each slot into the read views."""
-        page, token = self.locate(slots)
-        return (page * self._page_elements + token * self._width) // self._stride
+        read = np.empty((len(spans), length), dtype=np.int64)
+        for row, span in zip(read, spans, strict=True):
+            row[: length - span.end] = span.places[0]
+            row[length - span.end :] = span.places[: span.end]
+        return CacheView(self, torch.from_numpy(read), num_new, [span.end for span in spans])
 
 
 class CacheView(Cache):  # type: ignore[misc]  # transformers is untyped
@@ -202,22 +135,21 @@ class CacheView(Cache):  # type: ignore[misc]  # transformers is untyped
     Answers what transformers 5.17 asks of a cache in a decoder-only model: `update`, and
     the sizes from which the model makes its masks and the alibi bias.
 
-    ``slots``: int64 (rows, length), host. ``ends``: tokens of each row after this pass.
+    ``places``: int64 (rows, length), host. ``ends``: tokens of each row after this pass.
     """
 
     def __init__(
-        self, store: KVStore, slots: torch.Tensor, num_new: int, ends: Sequence[int]
+        self, store: KVStore, places: torch.Tensor, num_new: int, ends: Sequence[int]
     ) -> None:
         super().__init__(layers=[])
-        self._store = store
-        self._num_rows, self._length = slots.shape
+        self._planes = store.planes
+        self._device = store.device
+        self._num_rows, self._length = places.shape
         self._num_new = num_new
-        new = slots[:, self._length - num_new :].reshape(-1)
-        page, token = store.locate(new)
-        self._write_at = (page.to(store.device), token.to(store.device))
+        self._write_at = places[:, self._length - num_new :].reshape(-1).to(store.device)
         self._read_at: torch.Tensor | None = None  # nothing cached before: nothing to read
         if self._length > num_new:
-            self._read_at = store.rows(slots.reshape(-1)).to(store.device)
+            self._read_at = places.reshape(-1).to(store.device)
         last = torch.tensor(list(ends))[:, None]
         self.position_ids: Final = (last - num_new + torch.arange(num_new)).to(store.device)
         self.attention_mask: Final = self._padding_mask(last)
@@ -227,23 +159,22 @@ class CacheView(Cache):  # type: ignore[misc]  # transformers is untyped
         if bool((last == self._length).all()):
             return None
         column = torch.arange(self._length)[None, :]
-        return (column >= self._length - last).to(torch.int64).to(self._store.device)
+        return (column >= self._length - last).to(torch.int64).to(self._device)
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new K and V (rows, heads, new, dim); give all (rows, heads, length, dim)."""
-        store = self._store
         for number, fresh in ((2 * layer_idx, key), (2 * layer_idx + 1, value)):
             rows = fresh.transpose(1, 2).reshape(self._num_rows * self._num_new, -1)
-            store.write_views[number][self._write_at] = rows
+            self._planes[number].index_copy_(0, self._write_at, rows)
         if self._read_at is None:
             return key, value
         return self._gather(2 * layer_idx, key), self._gather(2 * layer_idx + 1, value)
 
     def _gather(self, number: int, like: torch.Tensor) -> torch.Tensor:
         assert self._read_at is not None
-        rows = self._store.read_views[number].index_select(0, self._read_at)
+        rows = self._planes[number].index_select(0, self._read_at)
         heads, dim = like.shape[1], like.shape[3]
         return rows.view(self._num_rows, self._length, heads, dim).transpose(1, 2)
 

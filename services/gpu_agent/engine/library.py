@@ -18,6 +18,7 @@ from schemas.state import ModelSpec
 from services.gpu_agent import checkpoint
 from services.gpu_agent.checkpoint import BadCheckpoint
 from services.gpu_agent.checksums import Corruption
+from services.gpu_agent.engine.decode_graph import Recorder
 from services.gpu_agent.engine.prompts import BadTokenizer, ModelText
 from services.gpu_agent.host_tier import HostTier, OutOfHostMemory
 from services.gpu_agent.hosted import HostedModel
@@ -49,11 +50,16 @@ _UNKNOWN: Final = Memory(0, 0, {})  # in a loading thread; `Library.end_load` fi
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """``host_budget_bytes``: for host images. ``exchange``: shares them with other workers."""
+    """``host_budget_bytes``: for host images. ``exchange``: shares them with other workers.
+    ``host_kv_bytes``: host memory for KV of suspended requests and of prompts seen before.
+    ``recorder``: for decode steps, where the device has such (decode_graph.py).
+    """
 
     host_budget_bytes: int = 2**62
+    host_kv_bytes: int = 2**30
     verify: Verify = "sampled"
     exchange: ImageExchange | None = None
+    recorder: Recorder | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The native engine: transformers models on the agent's own pages.
 
-It owns the page pool, every registered model, and one `Batch` per model on the device. All calls
-come from one thread, except that the jobs of its `Library` are run elsewhere.
+It owns the page pool, every registered model, and one `Batch` per model that was on the device.
+All calls come from one thread, except that the jobs of its `Library` are run elsewhere.
 
     register ──> load ──> swap_in ──> (arriving) ──> resident ──> swap_out ──> swap_in ──> ...
                                           submit, cancel, step ...
@@ -11,44 +11,58 @@ their forward waits, group by group, for the weights that it needs. `poll` ends 
 are over; nothing that was computed from a model leaves before that, because its weights are
 checked last.
 
+A swap-out may suspend the requests that run: they stay in the model's batch, their KV in host
+memory, and go on by themselves after its next swap-in.
+
+KV blocks beyond a model's reserve are borrowed pages of the pool. They come back when a swap-in
+needs them, so whoever counts weights and reserves counts enough.
+
 Operations answer with messages for control: what was done, or OpFailed with a reason that
 a person can act on. None of them raises for what a model or a request does.
 """
 
+import math
 import time
 from collections.abc import Callable
-from typing import Final
+from pathlib import Path
 
-from schemas.requests import GenerateRequest
+import msgspec
+
+from schemas.requests import EmbedRequest, GenerateRequest, Request
+from schemas.state import ModelSpec
 from schemas.stream import ErrorCode
 from services.gpu_agent.checksums import Corruption
-from services.gpu_agent.engine.batch import DEFAULT_CHUNK_TOKENS, Batch
+from services.gpu_agent.engine.batch import Batch
+from services.gpu_agent.engine.blocks import Blocks
+from services.gpu_agent.engine.decode_graph import DecodeGraphs, can_record
+from services.gpu_agent.engine.embedding import Embedder
 from services.gpu_agent.engine.kv import KVStore
+from services.gpu_agent.engine.kv_host import HostKV
+from services.gpu_agent.engine.kv_manager import KVManager
 from services.gpu_agent.engine.library import (
     EngineOptions,
     Library,
     failed,
     not_registered,
 )
+from services.gpu_agent.engine.prefix import are_prefixes_shareable
 from services.gpu_agent.hosted import HostedModel, never, nothing
 from services.gpu_agent.ipc import (
     Arriving,
     Broke,
     Corrupted,
     Done,
+    Embedded,
     FromWorker,
     OpFailed,
     Produced,
+    Registered,
     SwapInCancelled,
     SwappedIn,
     SwappedOut,
     Verified,
 )
 from services.gpu_agent.pages import OutOfPages, PagePool
-
-# While a model arrives its first layer is there long before its last: a prompt in several chunks
-# would send each of them, but for the first, through layers that have long been waiting.
-ARRIVING_CHUNK_TOKENS: Final = 4096
 
 
 class NativeEngine(Library):
@@ -68,19 +82,39 @@ class NativeEngine(Library):
         super().__init__(pool, options or EngineOptions())
         self._interrupted = interrupted
         self._on_swap_in_over = on_swap_in_over
-        self._batches: dict[str, Batch] = {}
+        self._host_kv = HostKV(self._options.host_kv_bytes, pinned=pool.kind == "cuda")
+        self._batches: dict[str, Batch | Embedder] = {}  # of models that are on the device, or were
+        self._late: list[FromWorker] = []  # to be told by the next step
         self._owner: dict[str, str] = {}  # request id -> model; only of requests not ended
         self._turn: list[str] = []  # models on the device, the next one to step first
 
     @property
     def is_busy(self) -> bool:
-        """Whether `step` has anything to do."""
-        return bool(self._owner)
+        """Whether `step` has anything to do now."""
+        return bool(self._late) or any(self._batches[m].num_requests for m in self._turn)
+
+    @property
+    def next_deadline(self) -> float:
+        """Of suspended requests, which `step` ends when it is over: unix seconds, or infinite."""
+        return min((batch.next_deadline for batch in self._suspended()), default=math.inf)
+
+    def _suspended(self) -> list[Batch | Embedder]:
+        return [batch for model, batch in self._batches.items() if model not in self._turn]
 
     def is_resident(self, model: str) -> bool:
         """Whether requests for ``model`` need to wait for nothing."""
         hosted = self._models.get(model)
         return hosted is not None and hosted.state == "resident"
+
+    def register(self, spec: ModelSpec, folder: Path | None = None) -> Registered | OpFailed:
+        """As the library does. A model that was read anew has new weights: what was computed
+        from the old ones is forgotten, and suspended requests end with the next `step`.
+        """
+        before = self._models.get(spec.name)
+        answer = super().register(spec, folder)
+        if before is not None and self._models[spec.name] is not before:
+            self._late += self._drop_batch(spec.name, f"model {spec.name!r} was registered anew")
+        return answer
 
     # -- swapping --------------------------------------------------------------------------
 
@@ -96,27 +130,79 @@ class NativeEngine(Library):
             cause = "is not loaded yet" if hosted.state == "cold" else f"is {hosted.state} already"
             return OpFailed(model, "swap_in", f"model {model!r} {cause}")
         try:
-            text = self._text_of(hosted)
+            self._make_room(hosted)
             hosted.begin_swap_in(self._interrupted, self._on_swap_in_over)
         except OutOfPages as error:
             return OpFailed(model, "swap_in", f"model {model!r} does not fit now: {error}")
         except Exception as error:
             return failed(model, "swap_in", error)
         try:
-            self._batches[model] = Batch(
-                hosted.module,
-                KVStore(self._pool, hosted.geometry, hosted.kv_pages),
-                text,
-                max_model_len=hosted.facts.max_model_len,
-                max_batch=hosted.facts.max_batch,
-                chunk_tokens=ARRIVING_CHUNK_TOKENS,
-            )
+            batch = self._batch_of(hosted)
+            batch.attach(hosted.kv_pages)
         except Exception as error:
             hosted.call_off_swap_in()
             return failed(model, "swap_in", error)
         self._tier.touch(model)
         self._turn.append(model)
         return Arriving(model)
+
+    def _make_room(self, hosted: HostedModel) -> None:
+        """Have borrowed pages returned where the pool is short of what ``hosted`` needs."""
+        wanted = hosted.facts.footprint_bytes // self._pool.page_bytes
+        for model in self._turn:
+            short = wanted - self._pool.free.num_free
+            if short > 0:
+                self._batches[model].give_back(short)
+
+    def _batch_of(self, hosted: HostedModel) -> Batch | Embedder:
+        """The model's batch, made where there is none yet, with all that is kept for it."""
+        name = hosted.spec.name
+        batch = self._batches.get(name)
+        if batch is None:
+            batch = self._batches[name] = self._new_batch(hosted)
+        return batch
+
+    def _new_batch(self, hosted: HostedModel) -> Batch | Embedder:
+        facts = hosted.facts
+        if hosted.pooling is not None:
+            return Embedder(
+                hosted.module,
+                hosted.pooling,
+                self._text_of(hosted),
+                facts.dimensions,
+                facts.max_model_len,
+                self._pool.torch_device,
+            )
+        kv, recorder = self._cache_of(hosted), self._options.recorder
+        graphs = None
+        if recorder is not None and can_record(hosted.module, kv.store):
+            graphs = DecodeGraphs(hosted.module, kv.store, recorder)
+        return Batch(
+            hosted.module,
+            kv,
+            self._text_of(hosted),
+            max_model_len=facts.max_model_len,
+            max_batch=facts.max_batch,
+            graphs=graphs,
+        )
+
+    def _cache_of(self, hosted: HostedModel) -> KVManager:
+        store = KVStore(self._pool, hosted.geometry)
+        free = self._pool.free
+        blocks = Blocks(
+            store.blocks_per_page,
+            borrow=lambda: free.take(1)[0] if free.num_free else None,
+            give_back=lambda page: free.give([page]),
+            num_borrowable=lambda: free.num_free,
+        )
+        keeps = hosted.spec.preemption != "recompute"
+        return KVManager(
+            store,
+            blocks,
+            hosted.facts.kv_bytes // self._pool.page_bytes,
+            self._host_kv.open(store.block_bytes) if keeps else None,
+            are_prefixes_shareable(hosted.config),
+        )
 
     def poll(self) -> list[FromWorker]:
         """End the swap-ins that are over: SwappedIn, or what went wrong."""
@@ -130,7 +216,7 @@ class NativeEngine(Library):
             trace = hosted.end_swap_in()
         except Exception as error:
             return self._swap_in_failed(hosted, error)
-        batch.chunk_tokens = DEFAULT_CHUNK_TOKENS
+        batch.arrived()
         return [SwappedIn(model, trace, self.memory())]
 
     def _swap_in_failed(self, hosted: HostedModel, error: Exception) -> list[FromWorker]:
@@ -140,22 +226,26 @@ class NativeEngine(Library):
             out += self._corrupted(hosted, error)
         return [*out, answer, *self._drop_batch(hosted.spec.name, answer.reason)]
 
-    def swap_out(self, model: str) -> list[FromWorker]:
-        """Drop ``model``'s pages, or call its swap-in off. Refused while requests run: control
-        drains first.
+    def swap_out(self, model: str, preempt: bool = False) -> list[FromWorker]:
+        """Drop ``model``'s pages, or call its swap-in off. With ``preempt`` its requests are
+        suspended; without, it is refused while there are any: control drains first.
         """
-        hosted, batch = self._models.get(model), self._batches.get(model)
+        hosted = self._models.get(model)
         if hosted is None:
             return [OpFailed(model, "swap_out", not_registered(model))]
-        if batch is None:
+        if model not in self._turn:
             return [OpFailed(model, "swap_out", f"model {model!r} is not resident")]
-        if batch.num_requests:
+        batch = self._batches[model]
+        if batch.num_requests and not preempt:
             reason = (
-                f"model {model!r} still has {batch.num_requests} requests: drain or cancel them "
-                "before swapping it out"
+                f"model {model!r} still has {batch.num_requests} requests: drain, cancel or "
+                "preempt them to swap it out"
             )
             return [OpFailed(model, "swap_out", reason)]
         out: list[FromWorker] = []
+        began = time.perf_counter()
+        kv_bytes = batch.suspend()
+        suspend_s = time.perf_counter() - began
         try:
             if hosted.state == "arriving":
                 trace = hosted.call_off_swap_in()
@@ -166,10 +256,15 @@ class NativeEngine(Library):
             refusal = OpFailed(model, "swap_out", f"model {model!r} is not resident")
             return [*self._swap_in_failed(hosted, error), refusal]
         except Exception as error:
+            batch.attach(hosted.kv_pages)
+            batch.arrived()
             return [failed(model, "swap_out", error)]
-        self._drop_batch(model, "")
+        self._turn.remove(model)
         self._tier.touch(model)
-        return [*out, SwappedOut(model, trace, self.memory())]
+        trace = msgspec.structs.replace(
+            trace, suspend_s=suspend_s, kv_bytes=kv_bytes, total_s=trace.total_s + suspend_s
+        )
+        return [*out, SwappedOut(model, trace, self.memory(), batch.num_requests)]
 
     def verify(self, model: str) -> list[FromWorker]:
         """Check every page of ``model``. Takes long where it is large."""
@@ -195,28 +290,43 @@ class NativeEngine(Library):
         return [Corrupted(hosted.spec.name, error.check, str(error), self.memory())]
 
     def _drop_batch(self, model: str, reason: str) -> list[FromWorker]:
-        """Forget the batch; requests that are in it end here, and control queues them again."""
+        """Forget the batch and all that was computed; requests that are in it end here, and
+        control queues them again.
+        """
         batch = self._batches.pop(model, None)
         if batch is None:
             return []
-        self._turn.remove(model)
-        return self._settle(batch.abort("model_unavailable", reason))
+        out = self._settle(batch.abort("model_unavailable", reason))
+        batch.suspend()
+        if isinstance(batch, Batch):
+            batch.kv.forget()
+        if model in self._turn:
+            self._turn.remove(model)
+        return out
 
     # -- requests --------------------------------------------------------------------------
 
-    def submit(self, request: GenerateRequest) -> list[FromWorker]:
+    def submit(self, request: Request) -> list[FromWorker]:
         """Hand ``request`` to its model's batch; Broke where that model is not resident."""
         out: list[FromWorker] = []
         model = self._owner.get(request.request_id)
         if model is not None and model != request.model:
             out += self.cancel(request.request_id)
-        batch = self._batches.get(request.model)
-        if batch is None:
+        if request.model not in self._turn:
             known = self._models.get(request.model)
             cause = f"is {known.state}" if known else "is not registered"
             message = f"model {request.model!r} {cause} on this GPU, not resident"
             return [*out, Broke(request.request_id, "model_unavailable", message)]
-        out += self._settle(batch.submit(request))
+        batch = self._batches[request.model]
+        match batch, request:
+            case Batch(), GenerateRequest():
+                out += self._settle(batch.submit(request))
+            case Embedder(), EmbedRequest():
+                out += self._settle(batch.submit(request))
+            case _:
+                does = "generates no text" if isinstance(batch, Embedder) else "makes no embeddings"
+                message = f"model {request.model!r} {does}"
+                out.append(Broke(request.request_id, "model_not_supported", message))
         if batch.has(request.request_id):
             self._owner[request.request_id] = request.model
         return out
@@ -232,19 +342,24 @@ class NativeEngine(Library):
         return self._settle(ended)
 
     def step(self) -> list[FromWorker]:
-        """One step of one busy model; models take turns.
+        """One step of one busy model; models take turns. Also ends suspended requests whose
+        deadline is over.
 
         One that is still arriving computes only while no other has anything to do, because its
         forward waits.
         """
+        out, self._late = self._late, []
+        out += self._settle([end for batch in self._suspended() for end in batch.expire()])
         busy = [model for model in self._turn if self._batches[model].num_requests]
         here = [model for model in busy if self._models[model].state == "resident"]
         if not busy:
-            return []
+            return out
         model = (here or busy)[0]
         self._turn.remove(model)
         self._turn.append(model)
-        return self._settle(self._batches[model].step()) if here else self._step_arriving(model)
+        if not here:
+            return out + self._step_arriving(model)
+        return out + self._settle(self._batches[model].step())
 
     def _step_arriving(self, model: str) -> list[FromWorker]:
         """A step whose forward waits for weights. Its tokens leave after they were checked."""
@@ -255,7 +370,7 @@ class NativeEngine(Library):
             except Exception:  # it did not arrive, or the model can not compute: the end will tell
                 return []
         out = self._settle(batch.step())
-        if not any(isinstance(message, Produced | Done) for message in out):
+        if not any(isinstance(message, Produced | Embedded | Done) for message in out):
             return out
         told = self.end_swap_in(model)
         if any(isinstance(message, OpFailed) for message in told):

@@ -8,6 +8,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, GenerationConfig
 
 from schemas.requests import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from services.gpu_agent.engine.pieces import Pieces
 
 
 class InvalidPrompt(Exception):
@@ -28,6 +29,7 @@ class ModelText:
     def __init__(self, model: str, tokenizer: Any, eos_ids: frozenset[int], vocab_size: int):
         self.model: Final = model
         self.tokenizer: Final = tokenizer
+        self.pieces: Final = Pieces(tokenizer)
         self.eos_ids: Final = eos_ids
         self.vocab_size: Final = vocab_size
 

@@ -1,14 +1,16 @@
 """One request inside a batch: what is known of it between two steps."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from schemas.requests import GenerateRequest
-from schemas.stream import FinishReason
+from schemas.stream import FinishReason, TokenLogprob, TokenLogprobs
 from services.gpu_agent.engine.detokenize import TextStream
-from services.gpu_agent.engine.kv import Blocks, Span
+from services.gpu_agent.engine.kv import Span
+from services.gpu_agent.engine.kv_manager import RowKV
+from services.gpu_agent.engine.pieces import Pieces
 from services.gpu_agent.engine.prompts import ModelText
-from services.gpu_agent.engine.sampling import Sampler
+from services.gpu_agent.engine.sampling import Chosen, Sampler
 from services.gpu_agent.ipc import Broke, Done, FromWorker, Produced
 
 
@@ -20,8 +22,9 @@ class Row:
                `---- num_cached ---'        KV of these is in the pages
 
     It is in prefill until all tokens that it had when it was admitted are cached; from then
-    on each step adds one. Parked, it gives its blocks back and waits again: the next
-    admission computes prompt and chosen tokens anew, and the sampler goes on where it was.
+    on each step adds one. Parked, it gives its blocks back and waits again; the next admission
+    finds its K and V in host memory, or computes prompt and chosen tokens anew, and the sampler
+    goes on where it was.
     Times are `time.perf_counter` seconds.
     """
 
@@ -31,9 +34,9 @@ class Row:
     max_new: int
     sampler: Sampler
     text: TextStream
-    eos_ids: frozenset[int]
-    blocks: Blocks | None = None  # None while it waits
-    num_cached: int = 0
+    pieces: Pieces
+    end_ids: frozenset[int]  # end-of-sequence, unless ignored, and the request's own
+    kv: RowKV = field(default_factory=RowKV)
     prefill_end: int = 0  # tokens it had when it was admitted
     begun_at: float = 0.0
     first_token_at: float = 0.0
@@ -47,9 +50,11 @@ class Row:
             ids=ids,
             num_prompt=len(ids),
             max_new=max_new,
-            sampler=Sampler(params, text.eos_ids),
+            sampler=Sampler(params, text.eos_ids, ids),
             text=TextStream(text.tokenizer, ids, params.stop),
-            eos_ids=frozenset() if params.ignore_eos else text.eos_ids,
+            pieces=text.pieces,
+            end_ids=frozenset(params.stop_token_ids)
+            | (frozenset() if params.ignore_eos else text.eos_ids),
         )
 
     @property
@@ -62,34 +67,58 @@ class Row:
         return len(self.ids) - self.num_prompt
 
     @property
+    def num_cached(self) -> int:
+        return self.kv.num_cached
+
+    @property
+    def is_running(self) -> bool:
+        """It has blocks; else it waits for some."""
+        return self.kv.is_placed
+
+    @property
     def in_prefill(self) -> bool:
         return self.num_cached < self.prefill_end
 
+    @property
+    def num_to_fill(self) -> int:
+        return self.prefill_end - self.num_cached
+
     def span(self, most: int) -> Span:
         """What to compute next, ``most`` tokens at the most."""
-        assert self.blocks is not None
-        return Span(self.blocks, self.num_cached, min(self.num_cached + most, len(self.ids)))
+        return self.kv.span(min(self.num_cached + most, len(self.ids)))
 
-    def accept(self, token_id: int) -> list[FromWorker]:
+    def accept(self, chosen: Chosen) -> list[FromWorker]:
         """Add a chosen token; what to tell about it. Ends the row where this was the last."""
+        token_id = chosen.token_id
         self.ids.append(token_id)
         if self.num_new == 1:
             self.first_token_at = time.perf_counter()
         may_stop = self.num_new >= self.request.sampling.min_tokens
-        is_eos = token_id in self.eos_ids
-        # An end-of-sequence token is counted, but it is not text even where the tokenizer
-        # would print it.
-        text, stopped = ("", False) if is_eos else self.text.push(token_id, may_stop)
+        is_end = token_id in self.end_ids
+        logprobs = self._logprobs(chosen)  # first: it tells where the text was before the token
+        # A token that ends the completion is counted, but it is not text even where the
+        # tokenizer would print it.
+        text, stopped = ("", False) if is_end else self.text.push(token_id, may_stop)
         out: list[FromWorker] = [
-            Produced(self.request_id, self.num_new - 1, (token_id,), text),
+            Produced(self.request_id, self.num_new - 1, (token_id,), text, logprobs),
         ]
         if stopped:
             out.append(self.finish("stop"))
-        elif is_eos or self.num_new >= self.max_new:
+        elif is_end or self.num_new >= self.max_new:
             rest, stopped = self.text.flush(may_stop)
-            reason: FinishReason = "stop" if is_eos or stopped else "length"
+            reason: FinishReason = "stop" if is_end or stopped else "length"
             out.append(self.finish(reason, rest))
         return out
+
+    def _logprobs(self, chosen: Chosen) -> tuple[TokenLogprobs, ...]:
+        """What to tell of the chosen token's probability; nothing where nobody asked."""
+        if chosen.logprob is None:
+            return ()
+        first, *top = (
+            TokenLogprob(token_id, logprob, *self.pieces.of(token_id))
+            for token_id, logprob in ((chosen.token_id, chosen.logprob), *chosen.top)
+        )
+        return (TokenLogprobs(first, self.text.num_chars, tuple(top)),)
 
     def finish(self, reason: FinishReason, text: str = "") -> Done:
         """The one terminal message of a row that ends well."""

@@ -3,94 +3,264 @@
 Each request draws from its own generator on the host, so what it draws depends on its seed
 and its own logits only: not on the device, nor on the other requests in the batch. (The
 logits themselves differ by rounding, about 1e-6, between batch shapes, as in any engine.)
+
+What happens to a row's logits, in the order of transformers' ``generate`` (and of vLLM, but for
+min_p, which vLLM applies before top_k):
+
+    raw ─> bias ─> repetition ─> presence, frequency ─> hold back ends (min_tokens)
+     │       ─> argmax, where greedy
+     │       ─> temperature ─> top_k ─> top_p ─> min_p ─> draw
+     `─> log_softmax: the log probabilities that are told, OpenAI's and vLLM's default
+
+Rows with nothing but an argmax stay on the device; the others' logits travel in one transfer.
 """
 
+import math
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
-from transformers import LogitsProcessorList
 from transformers.generation.logits_process import (
-    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from schemas.requests import SamplingParams
+from schemas.requests import LOGIT_BIAS_RANGE, MAX_LOGPROBS, SAMPLING_RANGES, SamplingParams
+from services.gpu_agent.engine.prompts import InvalidPrompt
 
 # Below this, dividing by the temperature overflows long before it changes the choice.
 GREEDY_BELOW: Final = 1e-5
+
+# Told for tokens that are ruled out: JSON has no infinity, and OpenAI uses this number.
+LEAST_LOGPROB: Final = -9999.0
 
 
 class BadLogits(Exception):
     """The model gave no usable probabilities (NaN or all -inf) for this request."""
 
 
-class Sampler:
-    """One request's way to choose. ``eos_ids`` are held back until ``min_tokens``."""
+class InvalidSampling(InvalidPrompt):
+    """Settings that this model cannot follow. The message is for the client."""
 
-    def __init__(self, params: SamplingParams, eos_ids: Collection[int]) -> None:
-        self._num_chosen = 0
-        self._min_tokens = params.min_tokens if eos_ids else 0
-        self._processors: Any = LogitsProcessorList()
-        self._generator: torch.Generator | None = None
-        if self._min_tokens:
-            self._processors.append(
-                MinNewTokensLengthLogitsProcessor(0, self._min_tokens, sorted(eos_ids))
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A row's next token. ``logprob`` where asked for; ``top``: (id, logprob), likeliest first."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def check(params: SamplingParams, vocab_size: int) -> None:
+    """Raise InvalidSampling where ``params`` ask for what cannot be done with this vocabulary."""
+    for name, (low, high) in SAMPLING_RANGES.items():
+        value = getattr(params, name)
+        if value is not None and not low <= value <= high:  # also NaN
+            raise InvalidSampling(f"{name} = {value} must be between {low} and {high}")
+    low, high = LOGIT_BIAS_RANGE
+    for token_id, bias in params.logit_bias.items():
+        if not low <= bias <= high:
+            raise InvalidSampling(
+                f"logit_bias of token {token_id} = {bias} must be between {low} and {high}"
             )
+    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
+        if wrong is not None:
+            raise InvalidSampling(
+                f"{name} names token id {wrong}, which is outside this model's vocabulary: "
+                f"its ids are 0 to {vocab_size - 1}"
+            )
+
+
+class Sampler:
+    """One request's way to choose. Knows its tokens so far; `sample` tells it of each new one.
+
+    ``end_ids`` and the request's own stop_token_ids are held back until ``min_tokens``.
+    """
+
+    def __init__(
+        self, params: SamplingParams, end_ids: Collection[int], prompt_ids: Sequence[int] = ()
+    ) -> None:
+        self.num_logprobs: Final = params.logprobs
+        self._num_chosen = 0
+        ends = sorted({*end_ids, *params.stop_token_ids})
+        self._min_tokens = params.min_tokens if ends else 0
+        self._hold_back: Any = SuppressTokensLogitsProcessor(ends) if self._min_tokens else None
+        self._seen: _Seen | None = None
+        self._penalties: CountPenalties | None = None
+        self._processors: list[Any] = []
+        if params.logit_bias:
+            bias = {(token_id,): float(value) for token_id, value in params.logit_bias.items()}
+            self._processors.append(SequenceBiasLogitsProcessor(bias))
+        if params.repetition_penalty != 1.0:
+            self._seen = _Seen(prompt_ids)
+            penalty = float(params.repetition_penalty)
+            self._processors.append(RepetitionPenaltyLogitsProcessor(penalty))
+        if params.presence_penalty or params.frequency_penalty:
+            self._penalties = CountPenalties(params.presence_penalty, params.frequency_penalty)
+            self._processors.append(self._penalties)
+        self._generator: torch.Generator | None = None
+        self._warpers: list[Any] = []
         if params.temperature >= GREEDY_BELOW:
             self._generator = torch.Generator().manual_seed(params.seed % 2**63)
-            self._processors.extend(_warpers(params))
+            self._warpers = _warpers(params)
 
     @property
     def is_plain_argmax(self) -> bool:
         """Nothing to apply to the logits: the largest one is the answer."""
-        return self._generator is None and self._num_chosen >= self._min_tokens
+        return self._generator is None and not self._processors and not self._holds_back
+
+    @property
+    def _holds_back(self) -> bool:
+        return self._num_chosen < self._min_tokens
 
     def choose(self, logits: torch.Tensor) -> int:
-        """The next token id, from ``logits`` (float32, host, shape (vocabulary,))."""
-        # The processors read nothing of the tokens so far but how many there are.
-        so_far = torch.empty((1, self._num_chosen), dtype=torch.int64)
-        scores = self._processors(so_far, logits[None, :])
+        """The next token id, from ``logits`` (float32, host, shape (vocabulary,)).
+
+        Raises BadLogits where the settings leave no token to choose.
+        """
+        # Only the repetition penalty reads the tokens, and of those only which there are.
+        ids = self._seen.ids if self._seen else torch.empty((1, 0), dtype=torch.int64)
+        scores = logits[None, :]
+        for processor in self._processors:
+            scores = processor(ids, scores)
+        if self._holds_back:
+            scores = self._hold_back(ids, scores)
+        best, best_id = scores.max(dim=-1)
+        if not math.isfinite(best):
+            raise BadLogits("the request's settings rule out every token that the model allows")
         if self._generator is None:
-            return int(scores.argmax())
+            return int(best_id)
+        for warper in self._warpers:
+            scores = warper(ids, scores)
         probabilities = torch.softmax(scores[0], dim=-1)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
-    def count(self) -> None:
-        """One more token was chosen."""
+    def count(self, token_id: int) -> None:
+        """``token_id`` was chosen."""
         self._num_chosen += 1
+        if self._seen:
+            self._seen.add(token_id)
+        if self._penalties:
+            self._penalties.count(token_id)
 
 
 def _warpers(params: SamplingParams) -> list[Any]:
     """What ``generate`` would apply, in its order, less what changes nothing."""
     warpers: list[Any] = []
     if params.temperature != 1.0:
-        warpers.append(TemperatureLogitsWarper(params.temperature))
+        warpers.append(TemperatureLogitsWarper(float(params.temperature)))
     if params.top_k > 0:
         warpers.append(TopKLogitsWarper(params.top_k))
     if params.top_p < 1.0:
         warpers.append(TopPLogitsWarper(max(params.top_p, 0.0)))
+    if params.min_p > 0.0:
+        warpers.append(MinPLogitsWarper(params.min_p))
     return warpers
 
 
-def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int | BadLogits]:
-    """One token id per row of ``logits`` (rows, vocabulary), or why that row has none.
+class CountPenalties:
+    """OpenAI's presence and frequency penalties, which transformers has no processor for.
 
-    Plain greedy rows are decided on the device; only the others' logits travel to the host.
+    score - frequency * count - presence * (count > 0), with counts of generated tokens only.
     """
+
+    def __init__(self, presence: float, frequency: float) -> None:
+        self._presence = presence
+        self._frequency = frequency
+        self._counts = torch.zeros(0)  # by token id; as long as the first logits are
+
+    def count(self, token_id: int) -> None:
+        self._counts[token_id] += 1
+
+    def __call__(self, _: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not self._counts.numel():
+            self._counts = scores.new_zeros(scores.shape[-1])
+        counts = self._counts
+        return scores - self._frequency * counts - self._presence * (counts > 0)
+
+
+class _Seen:
+    """The distinct tokens of a growing sequence, as a processor takes them.
+
+    The buffer doubles when it is full, so that a step costs no copy of all that came before.
+    """
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self._known = set(ids)
+        self._buffer = torch.tensor(sorted(self._known), dtype=torch.int64)
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """Shape (1, distinct tokens)."""
+        return self._buffer[None, : len(self._known)]
+
+    def add(self, token_id: int) -> None:
+        at = len(self._known)
+        self._known.add(token_id)
+        if len(self._known) == at:
+            return
+        if at == len(self._buffer):
+            self._buffer = torch.cat([self._buffer, self._buffer.new_zeros(max(at, 64))])
+        self._buffer[at] = token_id
+
+
+def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[Chosen | BadLogits]:
+    """The next token of each row of ``logits`` (rows, vocabulary), or why that row has none."""
     best, best_ids = logits.max(dim=-1)
     usable = torch.isfinite(best).tolist()
     greedy = best_ids.tolist()
-    chosen: list[int | BadLogits] = []
+    travels = [i for i, one in enumerate(samplers) if usable[i] and not one.is_plain_argmax]
+    host: dict[int, torch.Tensor] = {}
+    if travels:
+        host = dict(zip(travels, _rows(logits, travels).to("cpu", torch.float32), strict=True))
+    chosen: list[Chosen | BadLogits] = []
     for row, sampler in enumerate(samplers):
         if not usable[row]:
             chosen.append(BadLogits("the model's output is not finite (NaN or infinite logits)"))
             continue
-        if sampler.is_plain_argmax:
-            chosen.append(greedy[row])
-        else:
-            chosen.append(sampler.choose(logits[row].to("cpu", torch.float32)))
-        sampler.count()
+        try:
+            token_id = sampler.choose(host[row]) if row in host else greedy[row]
+        except BadLogits as error:
+            chosen.append(error)
+            continue
+        sampler.count(token_id)
+        chosen.append(Chosen(token_id))
+    _tell(logits, samplers, chosen)
     return chosen
+
+
+def _tell(
+    logits: torch.Tensor, samplers: Sequence[Sampler], chosen: list[Chosen | BadLogits]
+) -> None:
+    """Add log probabilities, natural and of the raw logits, to the rows of ``chosen`` that ask."""
+    asked = {
+        row: (one, samplers[row].num_logprobs or 0)
+        for row, one in enumerate(chosen)
+        if isinstance(one, Chosen) and samplers[row].num_logprobs is not None
+    }
+    if not asked:
+        return
+    table = torch.log_softmax(_rows(logits, list(asked)).float(), dim=-1)
+    ids = torch.tensor([[one.token_id] for one, _ in asked.values()], device=table.device)
+    own = table.gather(1, ids).clamp_min(LEAST_LOGPROB)[:, 0].tolist()
+    # Always the same number, so that which of equally likely tokens are told does not depend on
+    # what other rows ask for.
+    num = min(MAX_LOGPROBS, table.shape[-1]) if any(n for _, n in asked.values()) else 0
+    values, indices = table.topk(num, dim=-1)
+    ranked = zip(indices.tolist(), values.clamp_min(LEAST_LOGPROB).tolist(), strict=True)
+    for (row, (one, n)), logprob, (top_ids, top) in zip(asked.items(), own, ranked, strict=True):
+        pairs = sorted(zip(top_ids, top, strict=True), key=lambda pair: (-pair[1], pair[0]))
+        chosen[row] = replace(one, logprob=logprob, top=tuple(pairs[:n]))
+
+
+def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """``rows`` of ``logits``; no copy where these are all of them."""
+    return logits if len(rows) == len(logits) else logits[rows]

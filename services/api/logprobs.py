@@ -1,0 +1,48 @@
+"""Log probabilities in OpenAI's two forms: of a chat's answer, and of a text's.
+
+One entry for each generated token, the one that ended the answer included; so where an
+end-of-sequence token or a stop string ended it, the tokens say more than its text does.
+"""
+
+from collections.abc import Sequence
+
+from schemas.stream import TokenLogprob, TokenLogprobs
+from services.api import openai
+
+
+def of_chat(tokens: Sequence[TokenLogprobs]) -> openai.ChatLogprobs | None:
+    """As in ``choices[].logprobs`` of chat completions; None where there are none."""
+    if not tokens:
+        return None
+    return openai.ChatLogprobs(
+        [
+            openai.ChatLogprob(
+                *_named(token.chosen), [openai.TopLogprob(*_named(o)) for o in token.top]
+            )
+            for token in tokens
+        ]
+    )
+
+
+def of_text(tokens: Sequence[TokenLogprobs]) -> openai.TextLogprobs | None:
+    """As in ``choices[].logprobs`` of completions; None where there are none."""
+    if not tokens:
+        return None
+    return openai.TextLogprobs(
+        text_offset=[token.offset for token in tokens],
+        token_logprobs=[token.chosen.logprob for token in tokens],
+        tokens=[token.chosen.text for token in tokens],
+        top_logprobs=[_top(token) for token in tokens],
+    )
+
+
+def _top(token: TokenLogprobs) -> dict[str, float]:
+    # Two tokens may have the same text: the likelier one comes first, and stays.
+    found: dict[str, float] = {}
+    for one in (*token.top, token.chosen):
+        found.setdefault(one.text, one.logprob)
+    return found
+
+
+def _named(one: TokenLogprob) -> tuple[str, float, list[int]]:
+    return one.text, one.logprob, list(one.raw or one.text.encode())

@@ -1,0 +1,134 @@
+"""Who computes next: rows that wait, rows that run, and the KV blocks that they run on.
+
+    add ──> waiting ──(blocks, a place)──> prefill ──> decoding ──> remove
+               ^                              │            │
+               `──────── park: out of blocks, or the model leaves
+
+`next` chooses the rows of one forward pass:
+
+1. a chunk of the oldest unfinished prompt, where prompts have not had their turn;
+2. else one token for every row that decodes; then it is the prompts' turn again.
+
+A turn of prompts is one chunk of a long one, or several short ones of no more tokens together. So
+a long prompt and running streams take turns, and neither waits for the other's whole.
+
+Blocks are taken as a row grows. When they run out, the row admitted last is parked; the reserve
+holds the longest possible row, so the first one can always go on, and all of them end.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Final
+
+from services.gpu_agent.engine.kv_manager import KVManager, OutOfBlocks
+from services.gpu_agent.engine.row import Row
+
+DEFAULT_CHUNK_TOKENS: Final = 512
+
+
+class Schedule:
+    """See the module's text. ``chunk_tokens``: of prompts, between two steps of decoding."""
+
+    def __init__(
+        self, kv: KVManager, max_batch: int, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    ) -> None:
+        self.kv: Final = kv
+        self.chunk_tokens = chunk_tokens
+        self.num_parked = 0  # how often a row had to give way, over its life
+        self._max_batch = max_batch
+        self._waiting: deque[Row] = deque()
+        self._running: dict[str, Row] = {}  # in order of admission
+        self._prefilled = 0  # tokens, since the last step of decoding
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._running)
+
+    def __iter__(self) -> Iterator[Row]:
+        """All rows, in the order in which they will end up running."""
+        return iter([*self._running.values(), *self._waiting])
+
+    def find(self, request_id: str) -> Row | None:
+        if row := self._running.get(request_id):
+            return row
+        return next((row for row in self._waiting if row.request_id == request_id), None)
+
+    def add(self, row: Row) -> None:
+        row.kv = self.kv.new_row()
+        self._waiting.append(row)
+
+    def remove(self, row: Row) -> None:
+        """It has ended, wherever it is."""
+        if row.is_running:
+            del self._running[row.request_id]
+        else:
+            self._waiting.remove(row)
+        self.kv.release(row.kv)
+
+    # -- one step --------------------------------------------------------------------------
+
+    def admit(self) -> list[Row]:
+        """First come, first served, where there are blocks for all its tokens and one more."""
+        admitted = []
+        while self._waiting and len(self._running) < self._max_batch:
+            row = self._waiting[0]
+            if not self.kv.place(row.kv, row.ids):
+                break
+            self._waiting.popleft()
+            self._running[row.request_id] = row
+            # With all but its last token cached there is nothing to fill: it decodes.
+            is_whole = 0 < row.num_cached == len(row.ids) - 1
+            row.prefill_end = 0 if is_whole else len(row.ids)
+            admitted.append(row)
+        return admitted
+
+    def next(self) -> list[Row]:
+        """The rows of the next forward pass: one in prefill, or all that decode."""
+        filling = next((row for row in self._running.values() if row.in_prefill), None)
+        decoding = [row for row in self._running.values() if not row.in_prefill]
+        if filling is not None and (not decoding or self._may_fill(filling)):
+            self._prefilled += min(filling.num_to_fill, self.chunk_tokens)
+            return [filling]
+        self._prefilled = 0
+        return self._grow(decoding)
+
+    def _may_fill(self, row: Row) -> bool:
+        return not self._prefilled or self._prefilled + row.num_to_fill <= self.chunk_tokens
+
+    def _grow(self, rows: list[Row]) -> list[Row]:
+        """Those of ``rows`` that have room for their next token, after parking others for it."""
+        for row in rows:
+            while row.is_running and row.kv.num_places < len(row.ids):
+                try:
+                    self.kv.grow(row.kv, len(row.ids))
+                except OutOfBlocks:
+                    self._park(next(reversed(self._running.values())))  # perhaps row itself
+        return [row for row in rows if row.is_running]
+
+    # -- making room -----------------------------------------------------------------------
+
+    def _park(self, row: Row) -> None:
+        """Give its blocks to others; it is first in line to come back."""
+        del self._running[row.request_id]
+        self.kv.park(row.kv, row.ids)
+        self._waiting.appendleft(row)
+        self.num_parked += 1
+
+    def park_all(self) -> None:
+        """At a token boundary; they come back in the same order."""
+        while self._running:
+            self._park(next(reversed(self._running.values())))
+
+    def give_back(self, num_pages: int) -> None:
+        """Park rows until that many borrowed pages are the pool's again, or there are none."""
+        blocks = self.kv.blocks
+        target = max(0, blocks.num_borrowed_pages - num_pages)
+        while blocks.num_borrowed_pages > target and self._running:
+            self._park(next(reversed(self._running.values())))
+
+    def validate(self) -> None:
+        """Raise AssertionError where the books do not balance."""
+        self.kv.validate([row.kv for row in self])
+        assert len(self._running) <= self._max_batch, "more rows than max_batch"
+        assert all(row.is_running for row in self._running.values()), "a running row has no blocks"
+        assert not any(row.is_running for row in self._waiting), "a waiting row owns blocks"
+        assert not any(row.ended for row in self), "an ended row is still here"
