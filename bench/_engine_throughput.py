@@ -95,7 +95,7 @@ _KV_TOKENS: Final = ROWS * MAX_LEN
 
 
 def _compare(bench: Bench, runs: dict[str, Run]) -> None:
-    num, shrink = 24, 2 if bench.quick else 1
+    num, shrink = 24, 3 if bench.quick else 1
 
     def variant(run: Run) -> Callable[[], float]:
         seeds = iter(range(1000))

@@ -3,6 +3,11 @@
 Where K and V have fewer heads than Q, transformers copies them once for each query head before it
 calls torch (unless there is no mask), although torch's kernel for the CPU reads shared heads by
 itself, with a mask too, and gives the same bits. The copies were a fifth of a decode step.
+
+For one new token in 16-bit types that kernel is slow, and much faster for several. So the query
+heads that share one of K and V go in as if they were tokens, which is the same sum:
+
+    (rows, heads, 1, dim)  ->  (rows, KV heads, heads / KV heads, dim)
 """
 
 from typing import Any, Final
@@ -33,7 +38,10 @@ def grouped_attention(
     (rows, new, heads, dim).
     """
     groups = getattr(module, "num_key_value_groups", 1)
-    if groups == 1 or query.device.type != "cpu" or kwargs.get("position_bias") is not None:
+    is_ours = query.device.type == "cpu" and kwargs.get("position_bias") is None
+    if is_ours and query.shape[2] == 1 and query.dtype.itemsize == 2 and _is_shared(attention_mask):
+        return _one_token(query, key, value, attention_mask, groups, dropout, scaling), None
+    if groups == 1 or not is_ours:
         result: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )
@@ -50,6 +58,32 @@ def grouped_attention(
         enable_gqa=True,
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def _is_shared(mask: torch.Tensor | None) -> bool:
+    """Whether all heads have the same mask."""
+    return mask is None or mask.shape[1] == 1
+
+
+def _one_token(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    groups: int,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    rows, heads, _, dim = query.shape
+    # One head alone goes in twice: two tokens are still faster than one.
+    as_tokens = query.view(rows, heads // groups, groups, dim)
+    as_tokens = as_tokens.expand(-1, -1, 2, -1) if groups == 1 else as_tokens
+    if mask is not None:
+        mask = mask.expand(rows, 1, as_tokens.shape[2], mask.shape[3])
+    output = scaled_dot_product_attention(
+        as_tokens, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+    )
+    return output[:, :, :groups].reshape(rows, 1, heads, dim).contiguous()
 
 
 def use_grouped(module: Any) -> None:

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 
 from schemas.events import FirstTokenSent
-from schemas.requests import Request
+from schemas.requests import EmbedRequest, Request
 from schemas.stream import Chunk, Finished, RequestTiming, Started
 from services import telemetry
 from services.bus import Bus, BusError, Delivery
@@ -104,7 +104,8 @@ class Telling:
         prefilled_at = flight.begun_at + done.prefill_s
         if flight.begun_at:
             self.span(flight, telemetry.SPAN_PREFILL, flight.begun_at, prefilled_at)
-            self.span(flight, telemetry.SPAN_DECODE, prefilled_at, prefilled_at + done.decode_s)
+            if not isinstance(flight.request, EmbedRequest):
+                self.span(flight, telemetry.SPAN_DECODE, prefilled_at, prefilled_at + done.decode_s)
         timing = RequestTiming(
             queue_wait_s=flight.pulled_at - flight.request.created_at,
             prefill_s=done.prefill_s,

@@ -67,7 +67,11 @@ def geometry_of(module: Any) -> KVGeometry:
     cache = module(input_ids=torch.zeros((1, 1), dtype=torch.long), use_cache=True).past_key_values
     keys = cache.layers[0].keys
     layers = len(cache.layers)
-    return KVGeometry(layers, keys.shape[1], keys.shape[3], keys.dtype, (None,) * layers)
+    windows = tuple(
+        int(layer.sliding_window) if getattr(layer, "is_sliding", False) else None
+        for layer in cache.layers
+    )
+    return KVGeometry(layers, keys.shape[1], keys.shape[3], keys.dtype, windows)
 
 
 def make_kv(

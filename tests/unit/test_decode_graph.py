@@ -13,7 +13,6 @@ import torch
 from services.gpu_agent.engine import decode_graph
 from services.gpu_agent.engine.decode_graph import can_record
 from services.gpu_agent.engine.kv import KVStore
-from services.gpu_agent.skeleton import KVGeometry
 from tests.unit import tiny_models
 from tests.unit.engine_kit import (
     FakePool,
@@ -122,10 +121,6 @@ def test_models_that_need_to_know_more_than_a_mask_are_left_out(
     family: str, can: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     module = tiny_models.reference(tiny_models.write(tmp_path_factory.mktemp(family), family))
-    found = geometry_of(module)
-    window = 16 if family == "mistral" else None
-    geometry = KVGeometry(
-        found.num_layers, found.num_kv_heads, found.head_dim, found.dtype, (window,) * 2
-    )
+    geometry = geometry_of(module)
     store = KVStore(FakePool(geometry.bytes_per_token * 16, 2), geometry)  # type: ignore[arg-type]
     assert can_record(module, store) is can

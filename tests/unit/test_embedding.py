@@ -23,6 +23,7 @@ from services.gpu_agent.ipc import (
     Loaded,
     OpFailed,
     SwappedIn,
+    SwappedOut,
 )
 from services.gpu_agent.runner import PoolingMode
 from tests.unit import tiny_embedders
@@ -291,6 +292,34 @@ def test_requests_may_come_while_the_model_arrives(tmp_path: Path, pool: CpuPool
         pool.free.give(pool.free.take(pool.free.num_free))
     assert torch.equal(vectors[0], vectors[1])
     assert torch.equal(vectors[0], vectors[2])
+
+
+def test_a_preempted_model_goes_on_after_its_next_swap_in(tmp_path: Path, pool: CpuPool) -> None:
+    folder = tiny_embedders.write(tmp_path / "bert", "bert")
+    engine = engine_with(pool, ModelSpec("tiny", str(folder)))
+    got = tiny_embedders.Collected()
+    ids = list(some_ids(5, 40, 100))  # too unlike for one step
+    engine.swap_in("tiny")
+    got.take(engine.end_swap_in("tiny"))
+    got.take(engine.submit(request("a", *ids, deadline_at=2e9)))
+    got.take(engine.submit(request("late", *ids, deadline_at=1.0)))
+    got.take(engine.step())
+    assert isinstance(got.ends["late"], Broke)
+    refused, out = engine.swap_out("tiny"), engine.swap_out("tiny", preempt=True)
+    assert isinstance(refused[0], OpFailed)
+    (left,) = out
+    assert isinstance(left, SwappedOut)
+    assert (left.num_suspended, left.trace.kv_bytes) == (1, 0)
+    assert not engine.is_busy
+    assert engine.next_deadline == 2e9
+    pool.free.give(pool.free.take(pool.free.num_free))
+    engine.swap_in("tiny")
+    while "a" not in got.ends:
+        got.take(engine.step())
+    assert got.begun == ["a"]
+    for one, vector in zip(ids, got.vectors("a"), strict=True):
+        expected = tiny_embedders.reference(folder, one, "mean", normalized=True)
+        assert (vector - expected).abs().max() < 1e-5
 
 
 def test_a_model_refuses_what_it_is_not_for(tmp_path: Path, pool: CpuPool) -> None:

@@ -15,6 +15,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, Final
 
 import torch
@@ -23,8 +24,9 @@ from schemas.requests import GenerateRequest
 from schemas.stream import ErrorCode
 from services.gpu_agent.arrival import NotArrived
 from services.gpu_agent.engine.decode_graph import DecodeGraphs
-from services.gpu_agent.engine.kv import Span
+from services.gpu_agent.engine.kv import CacheView, Span
 from services.gpu_agent.engine.kv_manager import KVManager
+from services.gpu_agent.engine.packed import PackedView, can_pack
 from services.gpu_agent.engine.prompts import InvalidPrompt, ModelText
 from services.gpu_agent.engine.row import Row
 from services.gpu_agent.engine.sampling import BadLogits, check, sample
@@ -69,7 +71,7 @@ class Batch:
         self._chunk_tokens = chunk_tokens
         self._wall_clock = wall_clock
         self._graphs = graphs
-        self._rows = Schedule(kv, max_batch, chunk_tokens)
+        self._rows = Schedule(kv, max_batch, chunk_tokens, can_pack(module, kv.store))
         self._accepted = frozenset(inspect.signature(module.forward).parameters)
 
     @property
@@ -186,12 +188,16 @@ class Batch:
             return out
         try:
             logits = self._forward(rows)
-            if rows[0].in_prefill:  # a chunk, and not the prompt's last one
+            if rows[0].in_prefill:  # a chunk, and not the prompt's last one: it came alone
                 return out
             chosen = sample(logits, [row.sampler for row in rows])
         except NotArrived:  # nothing was computed; the next step tries again
             return out
         except Exception as error:  # whatever a model does, only its own rows may suffer
+            if len(rows) > 1 and rows[0].in_prefill:  # nothing is lost: each by itself will tell
+                for row in rows:
+                    row.is_alone = True
+                return out
             logger.exception("model %s: forward pass failed", self._text.model)
             message = f"model {self._text.model!r} failed: {type(error).__name__}: {error}"
             return [*out, *(self._break(row, "engine_failed", message) for row in rows)]
@@ -225,26 +231,43 @@ class Batch:
                 )
             else:
                 logits = self._compute(spans, new_ids)
+            if len(rows) > 1 and not decodes and not logits.amax(-1).isfinite().all():
+                # One row's NaN reaches all that are packed with it: zero times NaN is NaN.
+                raise BadLogits("a row packed with others is not finite")
             for row, span in zip(rows, spans, strict=True):
                 self.kv.computed(row.kv, row.ids, span.end)
             self.kv.write_behind(WRITE_BEHIND_BYTES)
         return logits
 
     def _compute(self, spans: Sequence[Span], new_ids: Sequence[Sequence[int]]) -> torch.Tensor:
-        view = self.kv.store.view(spans)
+        """One token of each row, or prompts: one alone, or several packed."""
+        if len(spans) > 1 and any(span.end - span.start > 1 or not span.start for span in spans):
+            packed = PackedView(self.kv.store, spans)
+            logits = self._call([list(chain(*new_ids))], packed, packed.last)
+            return logits[0, packed.last] if logits.shape[1] > len(spans) else logits[0]
+        # By index: torch copies the whole head for a slice of several tokens (its way around
+        # strides), which takes as long as the rest of a short prompt.
+        num_new = len(new_ids[0])
+        keep = 1 if num_new == 1 else torch.tensor([num_new - 1], device=self.kv.store.device)
+        return self._call(new_ids, self.kv.store.view(spans), keep)[:, -1]
+
+    def _call(
+        self, ids: Sequence[Sequence[int]], view: CacheView | PackedView, keep: int | torch.Tensor
+    ) -> torch.Tensor:
+        """Logits (rows, tokens to keep, vocabulary); of all tokens from models that can not."""
         arguments = {
             "attention_mask": view.attention_mask,
             "position_ids": view.position_ids,
             "past_key_values": view,
             "use_cache": True,
-            "logits_to_keep": 1,
+            "logits_to_keep": keep,
             "return_dict": True,
         }
         result = self.module(
-            input_ids=torch.tensor(new_ids, device=self.kv.store.device),
+            input_ids=torch.tensor(ids, device=self.kv.store.device),
             **{name: value for name, value in arguments.items() if name in self._accepted},
         )
-        logits: torch.Tensor = result.logits[:, -1]
+        logits: torch.Tensor = result.logits
         return logits
 
     # -- bookkeeping -----------------------------------------------------------------------

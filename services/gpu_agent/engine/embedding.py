@@ -3,13 +3,8 @@
     submit ──> its inputs join the line ──(a step takes a window of it)──> vectors ──> Done
                       `──────────── cancel, deadline, failure ──────────────────────> Done | Broke
 
-    line, by length   3 4 4 6 6 7 7 | 11 11 12 13 14 16 18 | 60 61 64 ...
-                                      `-- window around ---'
-                                          the oldest input
-
-A step's window holds the input that waits longest and its neighbours in length, so little of the
-forward is padding, and nobody waits for ever. Inputs of many requests share a window, and a long
-request takes several; its vectors leave together with its end. Between two steps nothing is kept
+Inputs of many requests share a window (see line.py), and a long request takes several; its vectors
+leave together with its end. Between two steps nothing is kept
 but token ids and vectors that are ready: a model can be swapped out there at any time.
 """
 
@@ -17,10 +12,7 @@ import inspect
 import logging
 import math
 import time
-from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import count
 from typing import Any, Final
 
 import torch
@@ -28,6 +20,7 @@ import torch
 from schemas.requests import EmbedRequest, TextPrompt, TokenPrompt
 from schemas.stream import VECTORS_BYTES, ErrorCode, FinishReason
 from services.gpu_agent.arrival import NotArrived
+from services.gpu_agent.engine.line import Input, Job, Line
 from services.gpu_agent.engine.pooling import pool, shorten
 from services.gpu_agent.engine.prompts import InvalidPrompt, ModelText
 from services.gpu_agent.ipc import Begun, Broke, Done, Embedded, FromWorker
@@ -36,37 +29,8 @@ from services.gpu_agent.runner import Pooling
 logger = logging.getLogger(__name__)
 
 STEP_TOKENS: Final = 4096  # of one forward, padding included; one longer input runs alone
-_SHORT_TOKENS: Final = 32  # up to here padding costs less than a forward of its own
 
 _NON_FINITE: Final = "gave a vector with NaN or infinity in it: its weights or inputs are broken"
-
-
-@dataclass(eq=False)
-class _Job:
-    """One request. ``vectors``: (inputs, width) float32, from the first step on.
-
-    Times are `time.perf_counter` seconds.
-    """
-
-    request: EmbedRequest
-    num_tokens: int
-    num_left: int
-    vectors: torch.Tensor | None = None
-    begun_at: float = 0.0
-
-
-@dataclass(eq=False)
-class _Input:
-    """One input of ``job``, number ``index`` of it; ``number``: its place in order of arrival."""
-
-    job: _Job
-    index: int
-    ids: list[int]
-    number: int
-
-
-def _by_length(one: _Input) -> tuple[int, int]:
-    return len(one.ids), one.number
 
 
 class Embedder:
@@ -95,11 +59,9 @@ class Embedder:
         self._dimensions = dimensions
         self._max_model_len = max_model_len
         self._device = device
-        self._step_tokens = step_tokens
         self._wall_clock = wall_clock
-        self._jobs: dict[str, _Job] = {}  # by request id, in order of arrival
-        self._line: list[_Input] = []  # ascending `_by_length`
-        self._numbers = count()
+        self._jobs: dict[str, Job] = {}  # by request id, in order of arrival
+        self._line = Line(step_tokens)
         # Any id of the vocabulary would do for most; Roberta counts positions by its own.
         self._padding_id = _padding_id(module, text)
         caches = "use_cache" in inspect.signature(module.forward).parameters
@@ -147,9 +109,9 @@ class Embedder:
                 f"{self._max_model_len}: shorten or split it"
             )
             return [*out, Broke(request.request_id, "context_length_exceeded", message)]
-        job = self._jobs[request.request_id] = _Job(request, sum(map(len, ids)), len(ids))
+        job = self._jobs[request.request_id] = Job(request, sum(map(len, ids)), len(ids))
         for index, one in enumerate(ids):
-            insort(self._line, _Input(job, index, one, next(self._numbers)), key=_by_length)
+            self._line.add(job, index, one)
         return out
 
     def _encode(self, request: EmbedRequest) -> list[list[int]]:
@@ -188,8 +150,7 @@ class Embedder:
     def step(self) -> list[FromWorker]:
         """One forward pass, if there is anything to compute; what to tell about it."""
         out = self.expire()
-        window = self._window()
-        inputs = self._line[window]
+        inputs = self._line.window()
         if not inputs:
             return out
         out += self._begin(inputs)
@@ -202,7 +163,7 @@ class Embedder:
             message = f"model {self._text.model!r} failed: {type(error).__name__}: {error}"
             jobs = dict.fromkeys(one.job for one in inputs)
             return [*out, *(self._break(job, "engine_failed", message) for job in jobs)]
-        del self._line[window]
+        self._line.take(inputs)
         for one, vector in zip(inputs, vectors, strict=True):
             out += self._accept(one, vector)
         return out
@@ -221,28 +182,7 @@ class Embedder:
         """The earliest, in unix seconds; infinite where there is no request."""
         return min((job.request.deadline_at for job in self._jobs.values()), default=math.inf)
 
-    def _window(self) -> slice:
-        """The oldest input and neighbours in length: shorter ones first, they add no padding."""
-        line = self._line
-        if not line:
-            return slice(0, 0)
-        low = min(range(len(line)), key=lambda at: line[at].number)
-        high = low + 1
-
-        def fits(low: int, high: int) -> bool:
-            shortest, longest = len(line[low].ids), len(line[high - 1].ids)
-            is_alike = longest <= max(2 * shortest, _SHORT_TOKENS)
-            return is_alike and (high - low) * longest <= self._step_tokens
-
-        while True:
-            if low > 0 and fits(low - 1, high):
-                low -= 1
-            elif high < len(line) and fits(low, high + 1):
-                high += 1
-            else:
-                return slice(low, high)
-
-    def _begin(self, inputs: list[_Input]) -> list[FromWorker]:
+    def _begin(self, inputs: list[Input]) -> list[FromWorker]:
         out: list[FromWorker] = []
         for job in dict.fromkeys(one.job for one in inputs):
             if not job.begun_at:
@@ -269,7 +209,7 @@ class Embedder:
             vectors = pool(output[0], lengths, self._pooling)
         return vectors.cpu()
 
-    def _accept(self, one: _Input, vector: torch.Tensor) -> list[FromWorker]:
+    def _accept(self, one: Input, vector: torch.Tensor) -> list[FromWorker]:
         """Keep ``vector``; all of the request's, and its end, where this was the last."""
         job, request = one.job, one.job.request
         if self._jobs.get(request.request_id) is not job:
@@ -290,22 +230,20 @@ class Embedder:
 
     # -- bookkeeping -----------------------------------------------------------------------
 
-    def _break(self, job: _Job, code: ErrorCode, message: str) -> Broke:
+    def _break(self, job: Job, code: ErrorCode, message: str) -> Broke:
         self._remove(job)
         return Broke(job.request.request_id, code, message)
 
-    def _remove(self, job: _Job) -> None:
+    def _remove(self, job: Job) -> None:
         del self._jobs[job.request.request_id]
-        self._line = [one for one in self._line if one.job is not job]
+        self._line.remove(job)
 
     def validate(self) -> None:
         """Raise AssertionError where the books do not balance."""
-        waiting = dict.fromkeys(self._jobs.values(), 0)
-        for one in self._line:
-            assert one.job in waiting, "an input of an ended request waits"
-            waiting[one.job] += 1
+        waiting = self._line.counts()
+        assert waiting.keys() == {*self._jobs.values()}, "inputs of ended requests wait, or none"
         assert all(job.num_left == left for job, left in waiting.items()), "inputs are lost"
-        assert self._line == sorted(self._line, key=_by_length), "the line is not in order"
+        self._line.validate()
 
 
 def _padding_id(module: Any, text: ModelText) -> int:
@@ -324,7 +262,7 @@ def _chunks(request_id: str, vectors: torch.Tensor) -> Iterator[Embedded]:
         yield Embedded(request_id, index, dimensions, some.tobytes())
 
 
-def _done(job: _Job, reason: FinishReason) -> Done:
+def _done(job: Job, reason: FinishReason) -> Done:
     return Done(
         request_id=job.request.request_id,
         finish_reason=reason,

@@ -32,20 +32,16 @@ from schemas.requests import EmbedRequest, GenerateRequest, Request
 from schemas.state import ModelSpec
 from schemas.stream import ErrorCode
 from services.gpu_agent.checksums import Corruption
+from services.gpu_agent.engine.assembly import make_batch
 from services.gpu_agent.engine.batch import Batch
-from services.gpu_agent.engine.blocks import Blocks
-from services.gpu_agent.engine.decode_graph import DecodeGraphs, can_record
 from services.gpu_agent.engine.embedding import Embedder
-from services.gpu_agent.engine.kv import KVStore
 from services.gpu_agent.engine.kv_host import HostKV
-from services.gpu_agent.engine.kv_manager import KVManager
 from services.gpu_agent.engine.library import (
     EngineOptions,
     Library,
     failed,
     not_registered,
 )
-from services.gpu_agent.engine.prefix import are_prefixes_shareable
 from services.gpu_agent.hosted import HostedModel, never, nothing
 from services.gpu_agent.ipc import (
     Arriving,
@@ -159,50 +155,10 @@ class NativeEngine(Library):
         name = hosted.spec.name
         batch = self._batches.get(name)
         if batch is None:
-            batch = self._batches[name] = self._new_batch(hosted)
+            text, recorder = self._text_of(hosted), self._options.recorder
+            batch = make_batch(hosted, self._pool, text, self._host_kv, recorder)
+            self._batches[name] = batch
         return batch
-
-    def _new_batch(self, hosted: HostedModel) -> Batch | Embedder:
-        facts = hosted.facts
-        if hosted.pooling is not None:
-            return Embedder(
-                hosted.module,
-                hosted.pooling,
-                self._text_of(hosted),
-                facts.dimensions,
-                facts.max_model_len,
-                self._pool.torch_device,
-            )
-        kv, recorder = self._cache_of(hosted), self._options.recorder
-        graphs = None
-        if recorder is not None and can_record(hosted.module, kv.store):
-            graphs = DecodeGraphs(hosted.module, kv.store, recorder)
-        return Batch(
-            hosted.module,
-            kv,
-            self._text_of(hosted),
-            max_model_len=facts.max_model_len,
-            max_batch=facts.max_batch,
-            graphs=graphs,
-        )
-
-    def _cache_of(self, hosted: HostedModel) -> KVManager:
-        store = KVStore(self._pool, hosted.geometry)
-        free = self._pool.free
-        blocks = Blocks(
-            store.blocks_per_page,
-            borrow=lambda: free.take(1)[0] if free.num_free else None,
-            give_back=lambda page: free.give([page]),
-            num_borrowable=lambda: free.num_free,
-        )
-        keeps = hosted.spec.preemption != "recompute"
-        return KVManager(
-            store,
-            blocks,
-            hosted.facts.kv_bytes // self._pool.page_bytes,
-            self._host_kv.open(store.block_bytes) if keeps else None,
-            are_prefixes_shareable(hosted.config),
-        )
 
     def poll(self) -> list[FromWorker]:
         """End the swap-ins that are over: SwappedIn, or what went wrong."""

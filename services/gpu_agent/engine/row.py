@@ -37,6 +37,7 @@ class Row:
     pieces: Pieces
     end_ids: frozenset[int]  # end-of-sequence, unless ignored, and the request's own
     kv: RowKV = field(default_factory=RowKV)
+    is_alone: bool = False  # its prompt shares no forward pass with others
     prefill_end: int = 0  # tokens it had when it was admitted
     begun_at: float = 0.0
     first_token_at: float = 0.0

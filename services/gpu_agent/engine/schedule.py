@@ -6,11 +6,12 @@
 
 `next` chooses the rows of one forward pass:
 
-1. a chunk of the oldest unfinished prompt, where prompts have not had their turn;
+1. unfinished prompts, where they have not had their turn;
 2. else one token for every row that decodes; then it is the prompts' turn again.
 
-A turn of prompts is one chunk of a long one, or several short ones of no more tokens together. So
-a long prompt and running streams take turns, and neither waits for the other's whole.
+A turn of prompts is a chunk of the oldest, or several short ones of no more tokens together: in
+one forward pass where the model can (packed.py), else in several. So a long prompt and running
+streams take turns, and neither waits for the other's whole.
 
 Blocks are taken as a row grows. When they run out, the row admitted last is parked; the reserve
 holds the longest possible row, so the first one can always go on, and all of them end.
@@ -27,15 +28,22 @@ DEFAULT_CHUNK_TOKENS: Final = 512
 
 
 class Schedule:
-    """See the module's text. ``chunk_tokens``: of prompts, between two steps of decoding."""
+    """See the module's text. ``chunk_tokens``: of prompts, between two steps of decoding.
+    ``packs``: whether one forward pass may be for several prompts.
+    """
 
     def __init__(
-        self, kv: KVManager, max_batch: int, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+        self,
+        kv: KVManager,
+        max_batch: int,
+        chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+        packs: bool = False,
     ) -> None:
         self.kv: Final = kv
         self.chunk_tokens = chunk_tokens
         self.num_parked = 0  # how often a row had to give way, over its life
         self._max_batch = max_batch
+        self._packs = packs
         self._waiting: deque[Row] = deque()
         self._running: dict[str, Row] = {}  # in order of admission
         self._prefilled = 0  # tokens, since the last step of decoding
@@ -82,17 +90,28 @@ class Schedule:
         return admitted
 
     def next(self) -> list[Row]:
-        """The rows of the next forward pass: one in prefill, or all that decode."""
-        filling = next((row for row in self._running.values() if row.in_prefill), None)
+        """The rows of the next forward pass: in prefill, or all that decode."""
+        filling = [row for row in self._running.values() if row.in_prefill]
         decoding = [row for row in self._running.values() if not row.in_prefill]
-        if filling is not None and (not decoding or self._may_fill(filling)):
-            self._prefilled += min(filling.num_to_fill, self.chunk_tokens)
-            return [filling]
+        if not decoding:
+            self._prefilled = 0
+        if filling and (not self._prefilled or self._has_room(filling[0])):
+            return self._fill(filling)
         self._prefilled = 0
         return self._grow(decoding)
 
-    def _may_fill(self, row: Row) -> bool:
-        return not self._prefilled or self._prefilled + row.num_to_fill <= self.chunk_tokens
+    def _fill(self, filling: list[Row]) -> list[Row]:
+        """The oldest, and those after it that fit into the same turn with all they have."""
+        chosen = filling[:1]
+        self._prefilled += min(filling[0].num_to_fill, self.chunk_tokens)
+        for row in filling[1:] if self._packs and not filling[0].is_alone else ():
+            if self._has_room(row) and not row.is_alone:
+                chosen.append(row)
+                self._prefilled += row.num_to_fill
+        return chosen
+
+    def _has_room(self, row: Row) -> bool:
+        return self._prefilled + row.num_to_fill <= self.chunk_tokens
 
     def _grow(self, rows: list[Row]) -> list[Row]:
         """Those of ``rows`` that have room for their next token, after parking others for it."""
