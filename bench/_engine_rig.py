@@ -209,9 +209,7 @@ class Rig:
 
     def validate(self) -> None:
         """Raise AssertionError where the books of any model do not balance."""
-        for batch in self.engine._batches.values():
-            batch.validate()
-        self.engine._host_kv.validate()
+        self.engine.validate()
 
     def books(self, model: str) -> Books:
         """Of a model that is, or was, on the device."""

@@ -28,6 +28,7 @@ class ModelSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     trust_remote_code: bool = False
     runner: Literal["auto", "generate", "embed"] = "auto"  # auto: as the files say
     preemption: Preemption = "preserve"
+    prefix_caching: bool = True  # requests use the KV of others that began with the same tokens
 
 
 class ModelFacts(msgspec.Struct, frozen=True):

@@ -149,6 +149,7 @@ class ModelSettings(_Section, frozen=True):
     preload: bool = True
     trust_remote_code: bool = False
     runner: Literal["auto", "generate", "embed"] = "auto"
+    prefix_caching: bool = True  # requests use what others computed of the same tokens
     preemption: Preemption = "preserve"  # of its running requests, for another model's
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-from schemas.requests import EmbedRequest, Request
+from schemas.requests import ChatPrompt, EmbedRequest, Request
 from schemas.stream import Finished, Started
 from services.api.answer import Answer, Piece
 from services.api.errors import ApiError, slow_reader
@@ -58,6 +58,13 @@ class Call:
     @property
     def model(self) -> str:
         return self.request.model
+
+    @property
+    def param(self) -> str:
+        """The field of the HTTP body that holds what the model was given."""
+        if isinstance(self.request, EmbedRequest):
+            return "input"
+        return "messages" if isinstance(self.request.prompt, ChatPrompt) else "prompt"
 
     @property
     def ended(self) -> bool:

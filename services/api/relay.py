@@ -32,7 +32,6 @@ from schemas.events import RequestWithdrawn, kind_of
 from schemas.names import cancel_subject, event_subject
 from schemas.requests import (
     CancelRequest,
-    ChatPrompt,
     EmbedInput,
     EmbedRequest,
     GenerateRequest,
@@ -211,8 +210,7 @@ class Relay:
             case Failed() if chunk.code == "cancelled":
                 self._run_again(call, chunk.request_id, chunk.message)
             case Failed() if chunk.request_id == call.newest_run:
-                param = _param_of(call.request)
-                error = errors.from_failure(chunk.code, chunk.message, param)
+                error = errors.from_failure(chunk.code, chunk.message, call.param)
                 self._end(call, error, chunk.request_id)
 
     def _on_tokens(self, call: Call, chunk: Tokens) -> None:
@@ -333,10 +331,3 @@ class Relay:
 
     async def _cancel(self, model: str, run: str) -> None:
         await self._bus.publish(cancel_subject(model), CancelRequest(request_id=run, model=model))
-
-
-def _param_of(request: Request) -> str:
-    """The field of the HTTP body that holds what the model was given."""
-    if isinstance(request, EmbedRequest):
-        return "input"
-    return "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"

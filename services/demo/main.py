@@ -137,14 +137,19 @@ def _make_models(folder: Path, console: Console) -> list[Path]:
 
 
 def _config(folder: Path, models: list[Path], budget_bytes: int) -> Settings:
-    """Nothing is preloaded, so that a cold start loads exactly the model that is asked for."""
+    """Nothing is preloaded, so that a cold start loads exactly the model that is asked for. No
+    prompt is remembered: the same one is sent again and again, and each time is to be computed.
+    """
     return msgspec.structs.replace(
         Settings(),
         state_dir=str(folder / "state"),
         api=settings.ApiSettings(port=free_port(8000)),
         gpus=(GpuSettings(name="cpu0", device="cpu", memory=f"{budget_bytes}B"),),
         telemetry=settings.TelemetrySettings(log_level="info"),
-        models={model.name: ModelSettings(source=str(model), preload=False) for model in models},
+        models={
+            model.name: ModelSettings(source=str(model), preload=False, prefix_caching=False)
+            for model in models
+        },
     )
 
 

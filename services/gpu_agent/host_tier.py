@@ -28,20 +28,23 @@ class HostTier:
         return sum(self._held.values())
 
     def victims_for(
-        self, model: str, num_bytes: int, may_leave: Callable[[str], bool]
+        self,
+        model: str,
+        num_bytes: int,
+        may_leave: Callable[[str], bool],
+        is_wanted: Callable[[str], bool] = lambda _: False,
     ) -> list[str]:
-        """Who has to leave before ``model`` may hold ``num_bytes``: the fewest, oldest first.
-
-        Raises OutOfHostMemory.
+        """Who has to leave before ``model`` may hold ``num_bytes``: the fewest, oldest first, those
+        who are wanted back after all others. Raises OutOfHostMemory.
         """
         victims: list[str] = []
         missing = num_bytes + self.used_bytes - self._held.get(model, 0) - self.budget_bytes
-        for name, size in self._held.items():
+        for name in sorted(self._held, key=is_wanted):
             if missing <= 0:
                 break
             if name != model and may_leave(name):
                 victims.append(name)
-                missing -= size
+                missing -= self._held[name]
         if missing > 0:
             kept = self.used_bytes - sum(self._held[name] for name in victims)
             raise OutOfHostMemory(

@@ -48,13 +48,13 @@ class Bench:
             on_swap_in_over=self.over.set,
         )
 
-    def add(self, family: str) -> None:
+    def add(self, family: str, name: str = "", **settings: Any) -> None:
         path = self.folder / family
         if not path.exists():
             save_tokenizer(tiny_models.write(path, family))
-        spec = ModelSpec(family, str(path), dtype="float32")
+        spec = ModelSpec(name or family, str(path), dtype="float32", **settings)
         assert isinstance(self.engine.register(spec), Registered)
-        self.load(family)
+        self.load(spec.name)
 
     def load(self, model: str) -> None:
         job = self.engine.load(model)

@@ -273,6 +273,24 @@ def test_suspended_requests_of_a_model_that_is_registered_anew_end(bench: Bench)
     assert not bench.engine._owner
 
 
+def test_the_image_of_a_model_with_suspended_requests_is_the_last_to_go(bench: Bench) -> None:
+    for family in ("llama", "falcon_7b", "mistral"):
+        bench.add(family)
+    bench.bring_in("llama")
+    bench.submit("r", "llama", max_tokens=50)
+    bench.engine.swap_out("llama", preempt=True)
+    bench.bring_in("falcon_7b")
+    bench.take_out("falcon_7b")  # used after llama
+    bench.bring_in("mistral")
+    tier = bench.engine._tier
+    asked = (lambda name: name != "mistral", bench.engine._is_wanted)
+    half = tier.budget_bytes - tier.used_bytes + 1
+    assert tier.victims_for("new", half, *asked) == ["falcon_7b"]
+    most = tier.budget_bytes - bench.hosted("mistral").layout.num_bytes
+    assert tier.victims_for("new", most, *asked) == ["falcon_7b", "llama"]
+    bench.engine.validate()
+
+
 def test_a_swap_in_takes_borrowed_pages_back(bench: Bench) -> None:
     for family in ("llama", "falcon_7b"):
         bench.add(family)
@@ -292,3 +310,19 @@ def test_a_swap_in_takes_borrowed_pages_back(bench: Bench) -> None:
         bench.submit(family, family)
     answers = bench.finish()
     assert {family: answers[family].tokens for family in warm} == warm
+
+
+def test_prefixes_are_shared_unless_the_model_s_settings_say_no(bench: Bench) -> None:
+    computed = {}
+    for name, caching in (("shared", True), ("apart", False)):
+        bench.add("llama", name=name, prefix_caching=caching)
+        bench.bring_in(name)
+        for number in range(2):
+            bench.submit(f"{name} {number}", name)
+            bench.finish()
+        batch = bench.engine._batches[name]
+        assert isinstance(batch, Batch)
+        computed[name] = batch.kv.num_computed
+        bench.take_out(name)
+    assert computed["apart"] == 2 * (20 + 7)
+    assert computed["shared"] < computed["apart"]

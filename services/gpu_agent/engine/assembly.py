@@ -57,5 +57,5 @@ def make_cache(hosted: HostedModel, pool: PagePool, host_kv: HostKV) -> KVManage
         blocks,
         hosted.facts.kv_bytes // pool.page_bytes,
         host_kv.open(store.block_bytes) if hosted.spec.preemption != "recompute" else None,
-        are_prefixes_shareable(hosted.config),
+        hosted.spec.prefix_caching and are_prefixes_shareable(hosted.config),
     )

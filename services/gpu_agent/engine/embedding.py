@@ -4,8 +4,8 @@
                       `──────────── cancel, deadline, failure ──────────────────────> Done | Broke
 
 Inputs of many requests share a window (see line.py), and a long request takes several; its vectors
-leave together with its end. Between two steps nothing is kept
-but token ids and vectors that are ready: a model can be swapped out there at any time.
+leave together with its end. Between two steps nothing is kept but token ids and vectors that are
+ready: a model can be swapped out there at any time.
 """
 
 import inspect

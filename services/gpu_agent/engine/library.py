@@ -169,7 +169,9 @@ class Library:
         if model in self._loading:
             return OpFailed(model, "load", f"model {model!r} is being loaded already")
         try:
-            victims = self._tier.victims_for(model, hosted.layout.num_bytes, self._may_leave)
+            victims = self._tier.victims_for(
+                model, hosted.layout.num_bytes, self._may_leave, self._is_wanted
+            )
         except OutOfHostMemory as error:
             return failed(model, "load", error)
         unloaded = [self._unload(victim) for victim in victims]
@@ -201,6 +203,10 @@ class Library:
 
     def _may_leave(self, model: str) -> bool:
         return self._models[model].state == "host" and model not in self._loading
+
+    def _is_wanted(self, model: str) -> bool:
+        """Whether somebody waits for it to be swapped in again."""
+        return False
 
     def _unload(self, model: str) -> Unloaded:
         hosted = self._models[model]

@@ -97,6 +97,10 @@ class NativeEngine(Library):
     def _suspended(self) -> list[Batch | Embedder]:
         return [batch for model, batch in self._batches.items() if model not in self._turn]
 
+    def _is_wanted(self, model: str) -> bool:
+        batch = self._batches.get(model)
+        return batch is not None and batch.num_requests > 0
+
     def is_resident(self, model: str) -> bool:
         """Whether requests for ``model`` need to wait for nothing."""
         hosted = self._models.get(model)
@@ -343,3 +347,10 @@ class NativeEngine(Library):
             if isinstance(message, Done | Broke):
                 self._owner.pop(message.request_id, None)
         return out
+
+    def validate(self) -> None:
+        """Raise AssertionError where the books do not balance."""
+        for batch in self._batches.values():
+            batch.validate()
+        self._host_kv.validate()
+        self._pool.free.validate()
