@@ -35,6 +35,7 @@ SPEC = state.ModelSpec(
     trust_remote_code=True,
     runner="embed",
     preemption="recompute",
+    prefix_caching=False,
 )
 FACTS = state.ModelFacts(
     architecture="LlamaForCausalLM",
