@@ -205,6 +205,7 @@ async def test_a_drain_waits_and_takes_nothing_new(agent: Agent) -> None:
     await waiting.until(Finished)
     assert waiting.all(Started)[0].start == "switch"
     await agent.queue_is_empty()
+    await agent.ended(2)
     for name in ("r1", "r2"):
         assert len(agent.events.all(RequestEnded, request_id=name)) == 1
 

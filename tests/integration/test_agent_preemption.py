@@ -263,6 +263,7 @@ async def runs_again(agent: Agent, chunks: Log) -> None:
     await chunks.until(Tokens, attempt=2)
     agent.release()
     await chunks.until(Finished)
+    await agent.ended()
     await agent.queue_is_empty()
     assert len(ends(chunks)) == 1
     assert len(agent.events.all(RequestEnded)) == 1

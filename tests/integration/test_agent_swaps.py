@@ -142,6 +142,7 @@ async def test_damaged_weights_are_loaded_again_and_requests_wait(agent: Agent) 
     assert chunks.items == []
     await agent.bring_in("m", source="repaired")
     await chunks.until(Finished)
+    await agent.ended()
     assert len(agent.events.all(RequestEnded)) == 1
 
 

@@ -121,7 +121,8 @@ def test_a_file_that_is_cut_in_the_middle_of_a_load(
         read(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(reading.OpenFile, "read", read_and_cut)
-    with pytest.raises(BadCheckpoint, match=r"model\.safetensors was cut short while"):
+    # Which one it is depends on how far the other reader has come by then.
+    with pytest.raises(BadCheckpoint, match=r"model\.safetensors was (cut short while|changed)"):
         loader.load(plan, image, PAGE_BYTES, no_progress)
     assert image.checksums is None
 
