@@ -8,7 +8,7 @@ Weights are drawn so that logits lie well apart. With the usual small init every
 every other, and the rounding of another batch shape would decide which one is the largest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,7 +38,7 @@ SERVING_LAYERS: Final = 20
 
 _SPREAD: Final = 3.0  # how much wider than a fresh init, for logits that lie apart
 
-_LLAMA_LIKE: Final = {
+LLAMA_LIKE: Final = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -47,7 +47,7 @@ _LLAMA_LIKE: Final = {
     "intermediate_size": 128,
     "max_position_embeddings": MAX_LEN,
 }
-_FALCON_LIKE: Final = {
+FALCON_LIKE: Final = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -58,22 +58,22 @@ _FALCON_LIKE: Final = {
 }
 
 FAMILIES: Final[dict[str, Callable[[], Any]]] = {
-    "llama": lambda: LlamaConfig(**_LLAMA_LIKE),
-    "llama, tied": lambda: LlamaConfig(**_LLAMA_LIKE, tie_word_embeddings=True),
-    "mistral, sliding": lambda: MistralConfig(**_LLAMA_LIKE, sliding_window=WINDOW),
+    "llama": lambda: LlamaConfig(**LLAMA_LIKE),
+    "llama, tied": lambda: LlamaConfig(**LLAMA_LIKE, tie_word_embeddings=True),
+    "mistral, sliding": lambda: MistralConfig(**LLAMA_LIKE, sliding_window=WINDOW),
     # as Falcon 7B: one KV head, attention and MLP in parallel
     "falcon, multi-query": lambda: FalconConfig(
-        **_FALCON_LIKE, multi_query=True, alibi=False, bias=False
+        **FALCON_LIKE, multi_query=True, alibi=False, bias=False
     ),
     # as Falcon 40B: grouped KV heads
     "falcon, grouped": lambda: FalconConfig(
-        **_FALCON_LIKE, new_decoder_architecture=True, num_kv_heads=2, alibi=False, bias=False
+        **FALCON_LIKE, new_decoder_architecture=True, num_kv_heads=2, alibi=False, bias=False
     ),
     "falcon, alibi": lambda: FalconConfig(
-        **_FALCON_LIKE, multi_query=False, alibi=True, parallel_attn=False, bias=True
+        **FALCON_LIKE, multi_query=False, alibi=True, parallel_attn=False, bias=True
     ),
-    "qwen": lambda: Qwen2Config(**_LLAMA_LIKE),
-    "gemma": lambda: GemmaConfig(**_LLAMA_LIKE, head_dim=16),
+    "qwen": lambda: Qwen2Config(**LLAMA_LIKE),
+    "gemma": lambda: GemmaConfig(**LLAMA_LIKE, head_dim=16),
 }
 
 # KV of 64 KiB per token: a page of 2 MiB holds no more than 32 tokens, so pages matter.
@@ -154,13 +154,13 @@ def write_serving(place: Path, dtype: torch.dtype, num_layers: int = SERVING_LAY
     return place
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """One token per byte, 256 in all, no special ones: every id is part of some text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=chat_template)
 
 
 def spec(name: str, place: Path, dtype: DType = "float32", **settings: Any) -> ModelSpec:
@@ -174,9 +174,9 @@ def reference(place: Path, dtype: torch.dtype = torch.float32) -> Any:
     return model.eval()
 
 
-def greedy(model: Any, prompt: tuple[int, ...], num_tokens: int) -> list[int]:
+def greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> list[int]:
     """What ``generate`` of transformers gives for one prompt alone; no end of sequence."""
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([list(prompt)])
     with torch.inference_mode():
         out = model.generate(
             ids,

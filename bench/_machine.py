@@ -3,12 +3,14 @@
 import importlib.metadata
 import os
 import platform
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from bench._stats import Samples
-from services.memcpy import COPY_BYTES, RawCopy
+from services.memcpy import COPY_BYTES, RawCopy, with_tuned_memory
 
 
 class Environment(msgspec.Struct, frozen=True):
@@ -65,3 +67,12 @@ def copy_ceiling(rounds: int, num_bytes: int = COPY_BYTES) -> CopyCeiling:
         Samples(tuple(r.torch_copy for r in taken)),
         num_bytes,
     )
+
+
+def restart_with_tuned_memory(module: str, argv: Sequence[str]) -> None:
+    """Run ``python -m module`` in this process's place where its memory is not tuned as the engine
+    worker's is: that is read only when a process starts.
+    """
+    tuned = with_tuned_memory(os.environ)
+    if tuned != os.environ:
+        os.execve(sys.executable, [sys.executable, "-m", module, *argv], tuned)

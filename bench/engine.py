@@ -40,18 +40,14 @@ from bench import (
     _engine_preempt,
     _engine_throughput,
 )
+from bench._machine import restart_with_tuned_memory
 from bench.harness import Bench
 from services.gpu_agent.worker import freeze_imports
-from services.memcpy import with_tuned_memory
 
 
 def main(argv: list[str]) -> int:
     """Run the benchmark. Returns its exit status."""
-    if with_tuned_memory(os.environ) != os.environ:
-        # As the engine worker has it, and read only when a process starts.
-        # In this process's place, so that whoever ends it ends everything.
-        command = [sys.executable, "-m", "bench.engine", *argv]
-        os.execve(sys.executable, command, with_tuned_memory(os.environ))
+    restart_with_tuned_memory("bench.engine", argv)
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--vllm-env", type=Path)
     ours, rest = parser.parse_known_args(argv)

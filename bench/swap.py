@@ -14,28 +14,24 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the engine worker has it
 
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from bench import _loading, _models, _overlap, _registering, _swapping
+from bench._machine import restart_with_tuned_memory
 from bench.harness import Bench
 from schemas.state import ModelSpec
 from services.gpu_agent import device_cpu
 from services.gpu_agent.device import open_pool
 from services.gpu_agent.worker import freeze_imports
-from services.memcpy import with_tuned_memory
 
 BUDGET_MODELS = 1.5
 
 
 def main(argv: list[str]) -> int:
     """Run the benchmark. Returns its exit status."""
-    if with_tuned_memory(os.environ) != os.environ:
-        # As the engine worker has it, and read only when a process starts.
-        command = [sys.executable, "-m", "bench.swap", *argv]
-        return subprocess.run(command, env=with_tuned_memory(os.environ), check=False).returncode
+    restart_with_tuned_memory("bench.swap", argv)
     freeze_imports()
     bench = Bench("swap", "registering, loading and swapping models", argv)
     starts = _swapping.starts(bench)

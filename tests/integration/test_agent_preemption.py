@@ -239,13 +239,7 @@ async def test_the_model_does_not_come_back(agent: Agent) -> None:
     await status_is(agent, "host", 0)
     assert agent.control.serving.in_flight == {}
     await come_back(agent)
-    await chunks.until(Tokens, attempt=2)
-    agent.release()
-    await chunks.until(Finished)
-    await agent.ended()
-    await agent.queue_is_empty()
-    assert len(ends(chunks)) == 1
-    assert len(agent.events.all(RequestEnded)) == 1
+    await ends_once(agent, chunks)
 
 
 async def test_the_image_is_dropped(agent: Agent) -> None:
@@ -260,6 +254,11 @@ async def runs_again(agent: Agent, chunks: Log) -> None:
     """From the queue, once the model is there again; and ends once."""
     assert agent.control.serving.in_flight == {}
     await agent.bring_in("m", source="fake")
+    await ends_once(agent, chunks)
+
+
+async def ends_once(agent: Agent, chunks: Log) -> None:
+    """In its second attempt."""
     await chunks.until(Tokens, attempt=2)
     agent.release()
     await chunks.until(Finished)

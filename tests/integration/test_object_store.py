@@ -109,7 +109,7 @@ def test_a_tensor_that_is_tied_may_be_stored_twice(folder: Path, pool: CpuPool) 
 
 
 def test_a_checkpoint_that_must_be_converted_is_refused(root: Path, pool: CpuPool) -> None:
-    config = MixtralConfig(**tiny_models._LLAMA_LIKE, num_local_experts=3)
+    config = MixtralConfig(**tiny_models.LLAMA_LIKE, num_local_experts=3)
     AutoModelForCausalLM.from_config(config).save_pretrained(root / "models" / "mixtral")
     with pytest.raises(BadCheckpoint, match="s3://models/mixtral names or packs its tensors"):
         HostedModel.inspect(ModelSpec("m", "s3://models/mixtral"), pool)

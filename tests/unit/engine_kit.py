@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from bench import _engine_models
 from schemas.requests import GenerateRequest, Prompt, SamplingParams, TokenPrompt
 from services.gpu_agent.engine.batch import Batch
 from services.gpu_agent.engine.blocks import Blocks
@@ -31,11 +31,7 @@ CHAT_TEMPLATE = (
 
 def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """One token per byte, 256 in all, no special ones: every id is part of some text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=chat_template)
+    return _engine_models.byte_tokenizer(chat_template)
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -219,14 +215,4 @@ def run(
 
 def expected_greedy(module: Any, prompt: list[int], num_tokens: int) -> list[int]:
     """What ``generate`` of transformers gives for one prompt alone."""
-    ids = torch.tensor([prompt])
-    out = module.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=num_tokens,
-        min_new_tokens=num_tokens,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return [int(i) for i in out[0, len(prompt) :]]
+    return _engine_models.greedy(module, prompt, num_tokens)

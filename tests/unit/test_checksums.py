@@ -82,7 +82,7 @@ def test_a_tied_weight_that_is_stored_twice(tmp_path: Path) -> None:
 
 
 def test_a_converted_checkpoint(tmp_path: Path) -> None:
-    config = MixtralConfig(**tiny_models._LLAMA_LIKE, num_local_experts=3)
+    config = MixtralConfig(**tiny_models.LLAMA_LIKE, num_local_experts=3)
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     plan = planned(tmp_path)

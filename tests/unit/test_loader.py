@@ -217,7 +217,7 @@ def test_nothing_stays_open_or_allocated_after_failures(folder: Path, pool: CpuP
 
 
 def test_experts_stored_one_by_one_are_converted_outside(tmp_path: Path, pool: CpuPool) -> None:
-    config = MixtralConfig(**tiny_models._LLAMA_LIKE, num_local_experts=3)
+    config = MixtralConfig(**tiny_models.LLAMA_LIKE, num_local_experts=3)
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     names = load_file(tmp_path / "model.safetensors").keys()

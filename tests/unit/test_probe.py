@@ -23,7 +23,7 @@ from services.gpu_agent.checkpoint import BadCheckpoint
 from tests.unit import tiny_models
 
 SPEC = ModelSpec("m", "x")
-DEEP = {**tiny_models._LLAMA_LIKE, "num_hidden_layers": 12}
+DEEP = {**tiny_models.LLAMA_LIKE, "num_hidden_layers": 12}
 
 
 def build(config: Any) -> nn.Module:
@@ -169,7 +169,7 @@ def test_a_weight_that_another_layer_reads_earlier_is_guarded_by_the_root(
 
 
 def test_a_weight_of_a_module_that_is_never_called_is_guarded_by_the_root() -> None:
-    config = LlamaConfig(**tiny_models._LLAMA_LIKE)
+    config = LlamaConfig(**tiny_models.LLAMA_LIKE)
     module = build(config)
     norm: Any = module.get_submodule("model.norm")
     norm.spare = nn.Linear(2, 2, bias=False, device="meta")
@@ -186,6 +186,6 @@ def test_rope_that_depends_on_the_longest_row_of_a_batch_is_refused() -> None:
         "long_factor": [2.0] * 8,
         "original_max_position_embeddings": 64,
     }
-    config = Phi3Config(**tiny_models._LLAMA_LIKE, rope_parameters=rope, pad_token_id=0)
+    config = Phi3Config(**tiny_models.LLAMA_LIKE, rope_parameters=rope, pad_token_id=0)
     with pytest.raises(BadCheckpoint, match="trial run"):
         probe.examine(build(config), config, SPEC)

@@ -71,7 +71,7 @@ def test_models_with_other_state_are_refused() -> None:
 
 
 def test_weights_come_in_execution_order() -> None:
-    config = LlamaConfig(**tiny_models._LLAMA_LIKE)
+    config = LlamaConfig(**tiny_models.LLAMA_LIKE)
     weights = examined(config).weights
     assert [w.name for w in weights][:2] == [
         "model.embed_tokens.weight",
@@ -83,13 +83,13 @@ def test_weights_come_in_execution_order() -> None:
 
 
 def test_more_than_ten_layers_stay_in_order_and_experts_in_their_layer() -> None:
-    config = MixtralConfig(**{**tiny_models._LLAMA_LIKE, "num_hidden_layers": 12})
+    config = MixtralConfig(**{**tiny_models.LLAMA_LIKE, "num_hidden_layers": 12})
     groups = list(dict.fromkeys(w.group for w in examined(config).weights))
     assert groups == ["embed", *(f"layer.{n}" for n in range(12)), "norm", "head"]
 
 
 def test_tied_weights_are_one_weight_with_an_alias() -> None:
-    config = LlamaConfig(**tiny_models._LLAMA_LIKE, tie_word_embeddings=True)
+    config = LlamaConfig(**tiny_models.LLAMA_LIKE, tie_word_embeddings=True)
     result = examined(config)
     assert result.weights[0].aliases == ("lm_head.weight",)
     assert "lm_head.weight" not in [w.name for w in result.weights]
@@ -131,7 +131,7 @@ def test_a_full_context_leaves_the_buffers_as_they_were(family: str) -> None:
 
 def test_an_attribute_that_is_also_a_buffer_stays_so() -> None:
     # as older modelling code writes it: self.original_inv_freq = self.inv_freq
-    config = LlamaConfig(**tiny_models._LLAMA_LIKE)
+    config = LlamaConfig(**tiny_models.LLAMA_LIKE)
     module = skeleton.build(config, SPEC, BF16)
     rotary: Any = module.get_submodule("model.rotary_emb")
     expected = buffers(AutoModelForCausalLM.from_config(config, dtype=BF16))
@@ -145,7 +145,7 @@ def test_an_attribute_that_is_also_a_buffer_stays_so() -> None:
 
 
 def test_a_buffer_that_only_a_distant_module_sets_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = LlamaConfig(**tiny_models._LLAMA_LIKE)
+    config = LlamaConfig(**tiny_models.LLAMA_LIKE)
     module = skeleton.build(config, SPEC, BF16)
     buffer = torch.empty(3, device="meta")
     module.get_submodule("model.norm").register_buffer("scales", buffer, persistent=False)
@@ -174,7 +174,7 @@ def test_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
 
 
 def test_binding_leaves_nothing_on_the_meta_device_and_no_global_state() -> None:
-    config = LlamaConfig(**tiny_models._LLAMA_LIKE)
+    config = LlamaConfig(**tiny_models.LLAMA_LIKE)
     module = skeleton.build(config, SPEC, BF16)
     layout = plan_layout(probe.examine(module, config, SPEC).weights)
     memory = torch.zeros(layout.num_bytes, dtype=torch.uint8)
@@ -189,7 +189,7 @@ def test_binding_leaves_nothing_on_the_meta_device_and_no_global_state() -> None
 
 
 def test_auto_dtype_is_the_configs_then_the_files() -> None:
-    config = LlamaConfig(**tiny_models._LLAMA_LIKE, dtype="bfloat16")
+    config = LlamaConfig(**tiny_models.LLAMA_LIKE, dtype="bfloat16")
     assert skeleton.choose_dtype(config, SPEC, iter([torch.float16])) == torch.bfloat16
     config.dtype = None
     stored = iter([torch.int64, torch.float16])

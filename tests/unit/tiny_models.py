@@ -19,41 +19,23 @@ from transformers import (
     Qwen3Config,
 )
 
-VOCABULARY: Final = 256
-MAX_LEN: Final = 256
+from bench._engine_models import FALCON_LIKE, LLAMA_LIKE, MAX_LEN, VOCABULARY
 
-_LLAMA_LIKE: Final = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 128,
-    "max_position_embeddings": MAX_LEN,
-}
-_FALCON_LIKE: Final = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": MAX_LEN,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+__all__ = ["FALCON_LIKE", "LLAMA_LIKE", "MAX_LEN", "VOCABULARY"]
 
-_GEMMA_LIKE: Final = {**_LLAMA_LIKE, "head_dim": 16}
+_GEMMA_LIKE: Final = {**LLAMA_LIKE, "head_dim": 16}
 
 
 def _roped(rope_type: str, **settings: float) -> LlamaConfig:
     """A Llama whose context was stretched from 64 tokens, a quarter of MAX_LEN."""
     rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0, **settings}
-    return LlamaConfig(**_LLAMA_LIKE, rope_parameters=rope)
+    return LlamaConfig(**LLAMA_LIKE, rope_parameters=rope)
 
 
 # name -> (dtype, config). The dtypes are mixed on purpose.
 FAMILIES: Final[dict[str, tuple[torch.dtype, Callable[[], Any]]]] = {
-    "llama": (torch.float32, lambda: LlamaConfig(**_LLAMA_LIKE)),
-    "llama_tied": (torch.bfloat16, lambda: LlamaConfig(**_LLAMA_LIKE, tie_word_embeddings=True)),
+    "llama": (torch.float32, lambda: LlamaConfig(**LLAMA_LIKE)),
+    "llama_tied": (torch.bfloat16, lambda: LlamaConfig(**LLAMA_LIKE, tie_word_embeddings=True)),
     "llama_3": (
         torch.bfloat16,
         lambda: _roped(
@@ -69,10 +51,10 @@ FAMILIES: Final[dict[str, tuple[torch.dtype, Callable[[], Any]]]] = {
     ),
     "llama_linear": (torch.float16, lambda: _roped("linear")),
     "llama_dynamic": (torch.bfloat16, lambda: _roped("dynamic")),
-    "mistral": (torch.bfloat16, lambda: MistralConfig(**_LLAMA_LIKE, sliding_window=16)),
-    "qwen2": (torch.float32, lambda: Qwen2Config(**_LLAMA_LIKE)),
-    "qwen3": (torch.float16, lambda: Qwen3Config(**_LLAMA_LIKE, head_dim=16)),
-    "mixtral": (torch.float32, lambda: MixtralConfig(**_LLAMA_LIKE, num_local_experts=4)),
+    "mistral": (torch.bfloat16, lambda: MistralConfig(**LLAMA_LIKE, sliding_window=16)),
+    "qwen2": (torch.float32, lambda: Qwen2Config(**LLAMA_LIKE)),
+    "qwen3": (torch.float16, lambda: Qwen3Config(**LLAMA_LIKE, head_dim=16)),
+    "mixtral": (torch.float32, lambda: MixtralConfig(**LLAMA_LIKE, num_local_experts=4)),
     "gemma": (torch.float16, lambda: GemmaConfig(**_GEMMA_LIKE)),
     "gemma_2": (torch.bfloat16, lambda: Gemma2Config(**_GEMMA_LIKE, sliding_window=16)),
     # one layer in six sees all: the sixth of these
@@ -83,19 +65,19 @@ FAMILIES: Final[dict[str, tuple[torch.dtype, Callable[[], Any]]]] = {
     # as Falcon 7B: one KV head, attention and MLP in parallel
     "falcon_7b": (
         torch.bfloat16,
-        lambda: FalconConfig(**_FALCON_LIKE, multi_query=True, alibi=False, bias=False),
+        lambda: FalconConfig(**FALCON_LIKE, multi_query=True, alibi=False, bias=False),
     ),
     # as Falcon 40B: grouped KV heads, which transformers caches broadcast to all heads
     "falcon_40b": (
         torch.float32,
         lambda: FalconConfig(
-            **_FALCON_LIKE, new_decoder_architecture=True, num_kv_heads=2, alibi=False, bias=False
+            **FALCON_LIKE, new_decoder_architecture=True, num_kv_heads=2, alibi=False, bias=False
         ),
     ),
     "falcon_alibi": (
         torch.float32,
         lambda: FalconConfig(
-            **_FALCON_LIKE, multi_query=False, alibi=True, parallel_attn=False, bias=True
+            **FALCON_LIKE, multi_query=False, alibi=True, parallel_attn=False, bias=True
         ),
     ),
 }

@@ -110,6 +110,10 @@ class Batch:
         self.kv.detach()
         return self.kv.copied_bytes - before
 
+    def forget(self) -> None:
+        """Nothing that was computed is wanted any more. It is suspended, and no request is left."""
+        self.kv.forget()
+
     def give_back(self, num_pages: int) -> None:
         """Return borrowed pages to the pool, ``num_pages`` or all there are."""
         self._rows.give_back(num_pages)

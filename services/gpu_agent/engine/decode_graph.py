@@ -22,9 +22,9 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
-from transformers import Cache
 
-from services.gpu_agent.engine.kv import KVStore, Span
+from services.gpu_agent.engine.kv import KVStore, PagedCache, Span
+from services.gpu_agent.engine.packed import has_bias
 
 logger = logging.getLogger(__name__)
 
@@ -37,45 +37,9 @@ MAX_RECORDINGS: Final = 32  # of one model: row and column counts are powers of 
 TOLERANCE: Final = 0.05  # of the spread of the logits
 
 
-class FixedView(Cache):  # type: ignore[misc]  # transformers is untyped
-    """What a recorded step sees of the cache: ``rows`` rows of ``columns`` tokens, one new."""
-
-    def __init__(self, store: KVStore, rows: int, columns: int) -> None:
-        super().__init__(layers=[])
-        self._planes = store.planes
-        self._shape = (rows, columns)
-        self.read_at = torch.zeros(rows * columns, dtype=torch.int64, device=store.device)
-        self.write_at = torch.zeros(rows, dtype=torch.int64, device=store.device)
-
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the new K and V (rows, heads, 1, dim); give all (rows, heads, columns, dim)."""
-        heads, dim = key.shape[1], key.shape[3]
-        both = []
-        for number, fresh in ((2 * layer_idx, key), (2 * layer_idx + 1, value)):
-            plane = self._planes[number]
-            plane.index_copy_(0, self.write_at, fresh.reshape(self._shape[0], -1))
-            rows = plane.index_select(0, self.read_at)
-            both.append(rows.view(*self._shape, heads, dim).transpose(1, 2))
-        return both[0], both[1]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._shape[1] - 1
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self._shape[1] - 1
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self._shape[1], 0
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1
-
-
 @dataclass(frozen=True)
 class _Recording:
-    view: FixedView
+    view: PagedCache
     ids: torch.Tensor  # int64 (rows, 1)
     positions: torch.Tensor  # int64 (rows, 1)
     mask: torch.Tensor  # bool (rows, 1, 1, columns)
@@ -91,10 +55,6 @@ class DecodeGraphs:
         self._recorder = recorder
         self._recordings: dict[tuple[int, int], _Recording] = {}
         self._is_broken = False
-
-    @property
-    def num_recordings(self) -> int:
-        return len(self._recordings)
 
     def step(
         self, spans: Sequence[Span], new_ids: Sequence[int], ordinary: Callable[[], torch.Tensor]
@@ -145,7 +105,9 @@ class DecodeGraphs:
         self, rows: int, columns: int, spans: Sequence[Span], new_ids: Sequence[int]
     ) -> _Recording:
         device = self._store.device
-        view = FixedView(self._store, rows, columns)
+        read_at = torch.zeros(rows * columns, dtype=torch.int64, device=device)
+        write_at = torch.zeros(rows, dtype=torch.int64, device=device)
+        view = PagedCache(self._store, write_at, read_at, rows, columns, num_new=1)
         ids = torch.zeros((rows, 1), dtype=torch.int64, device=device)
         positions = torch.zeros((rows, 1), dtype=torch.int64, device=device)
         mask = torch.zeros((rows, 1, 1, columns), dtype=torch.bool, device=device)
@@ -184,6 +146,7 @@ class DecodeGraphs:
             read[row, columns - span.end :] = span.places[: span.end]
             seen[row, 0, 0, columns - span.end :] = True
             numbers[:, row, 0] = new_ids[which], span.start, span.places[span.start]
+        assert recording.view.read_at is not None
         recording.view.read_at.copy_(torch.from_numpy(read.reshape(-1)))
         recording.mask.copy_(torch.from_numpy(seen))
         recording.ids.copy_(torch.from_numpy(numbers[0]))
@@ -200,8 +163,7 @@ def can_record(module: Any, store: KVStore) -> bool:
     window, no bias by distance, and attention behind transformers' common interface.
     """
     has_window = any(window is not None for window in store.geometry.sliding_windows)
-    has_bias = bool(getattr(module.config.get_text_config(), "alibi", False))
-    return not has_window and not has_bias
+    return not has_window and not has_bias(module)
 
 
 def record_cuda(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:

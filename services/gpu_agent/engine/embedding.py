@@ -87,6 +87,9 @@ class Embedder:
         """It leaves; what waits here goes on when it is back. Returns the bytes kept: none."""
         return 0
 
+    def forget(self) -> None:
+        """Nothing is kept between requests."""
+
     def give_back(self, num_pages: int) -> None:
         """Return borrowed pages to the pool: there are none."""
 

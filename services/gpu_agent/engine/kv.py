@@ -129,11 +129,64 @@ class KVStore:
         return CacheView(self, torch.from_numpy(read), num_new, [span.end for span in spans])
 
 
-class CacheView(Cache):  # type: ignore[misc]  # transformers is untyped
-    """KV of the rows of one forward pass; a new one for each pass.
+class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped
+    """What a forward pass sees of the planes: ``rows`` rows of ``columns`` tokens, the last
+    ``num_new`` of them computed now.
 
-    Answers what transformers 5.17 asks of a cache in a decoder-only model: `update`, and
-    the sizes from which the model makes its masks and the alibi bias.
+    Answers what transformers 5.17 asks of a cache in a decoder-only model: `update`, and the sizes
+    from which the model makes its masks and the alibi bias.
+
+    ``write_at``: int64 (rows * num_new), ``read_at``: int64 (rows * columns), on the device; None
+    where nothing was cached before.
+    """
+
+    def __init__(
+        self,
+        store: KVStore,
+        write_at: torch.Tensor,
+        read_at: torch.Tensor | None,
+        rows: int,
+        columns: int,
+        num_new: int,
+    ) -> None:
+        super().__init__(layers=[])
+        self.write_at: Final = write_at
+        self.read_at: Final = read_at
+        self._planes = store.planes
+        self._shape = (rows, columns)
+        self._num_new = num_new
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new K and V (rows, heads, new, dim); give all (rows, heads, columns, dim)."""
+        return self._exchange(2 * layer_idx, key), self._exchange(2 * layer_idx + 1, value)
+
+    def _exchange(self, number: int, fresh: torch.Tensor) -> torch.Tensor:
+        heads, dim = fresh.shape[1], fresh.shape[3]
+        plane = self._planes[number]
+        plane.index_copy_(0, self.write_at, fresh.transpose(1, 2).reshape(-1, heads * dim))
+        if self.read_at is None:
+            return fresh
+        return plane.index_select(0, self.read_at).view(*self._shape, heads, dim).transpose(1, 2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns before this pass's tokens; the same for every layer."""
+        return self._shape[1] - self._num_new
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(columns, first column): all of them also where a layer's window is shorter."""
+        return self._shape[1], 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+
+class CacheView(PagedCache):
+    """KV of the rows of one forward pass, aligned right; a new one for each pass.
 
     ``places``: int64 (rows, length), host. ``ends``: tokens of each row after this pass.
     """
@@ -141,53 +194,18 @@ class CacheView(Cache):  # type: ignore[misc]  # transformers is untyped
     def __init__(
         self, store: KVStore, places: torch.Tensor, num_new: int, ends: Sequence[int]
     ) -> None:
-        super().__init__(layers=[])
-        self._planes = store.planes
-        self._device = store.device
-        self._num_rows, self._length = places.shape
-        self._num_new = num_new
-        self._write_at = places[:, self._length - num_new :].reshape(-1).to(store.device)
-        self._read_at: torch.Tensor | None = None  # nothing cached before: nothing to read
-        if self._length > num_new:
-            self._read_at = places.reshape(-1).to(store.device)
+        rows, length = places.shape
+        write_at = places[:, length - num_new :].reshape(-1).to(store.device)
+        read_at = places.reshape(-1).to(store.device) if length > num_new else None
+        super().__init__(store, write_at, read_at, rows, length, num_new)
         last = torch.tensor(list(ends))[:, None]
         self.position_ids: Final = (last - num_new + torch.arange(num_new)).to(store.device)
-        self.attention_mask: Final = self._padding_mask(last)
+        self.attention_mask: Final = _padding_mask(last, length, store.device)
 
-    def _padding_mask(self, last: torch.Tensor) -> torch.Tensor | None:
-        """int64 (rows, length): 1 where a token is. None without padding: faster kernels."""
-        if bool((last == self._length).all()):
-            return None
-        column = torch.arange(self._length)[None, :]
-        return (column >= self._length - last).to(torch.int64).to(self._device)
 
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the new K and V (rows, heads, new, dim); give all (rows, heads, length, dim)."""
-        for number, fresh in ((2 * layer_idx, key), (2 * layer_idx + 1, value)):
-            rows = fresh.transpose(1, 2).reshape(self._num_rows * self._num_new, -1)
-            self._planes[number].index_copy_(0, self._write_at, rows)
-        if self._read_at is None:
-            return key, value
-        return self._gather(2 * layer_idx, key), self._gather(2 * layer_idx + 1, value)
-
-    def _gather(self, number: int, like: torch.Tensor) -> torch.Tensor:
-        assert self._read_at is not None
-        rows = self._planes[number].index_select(0, self._read_at)
-        heads, dim = like.shape[1], like.shape[3]
-        return rows.view(self._num_rows, self._length, heads, dim).transpose(1, 2)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns before this pass's tokens; the same for every layer."""
-        return self._length - self._num_new
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.get_seq_length(layer_idx)
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """(columns, first column): all of them also where a layer's window is shorter."""
-        return self._length, 0
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1
+def _padding_mask(last: torch.Tensor, length: int, device: torch.device) -> torch.Tensor | None:
+    """int64 (rows, length): 1 where a token is. None without padding: faster kernels."""
+    if bool((last == length).all()):
+        return None
+    column = torch.arange(length)[None, :]
+    return (column >= length - last).to(torch.int64).to(device)

@@ -88,7 +88,6 @@ class KVManager:
         )
         self.is_trusted = True
         self.num_computed = 0  # tokens, over its life
-        self.num_reused = 0  # tokens found on the device or in host memory instead
         self.copied_bytes = 0  # device to host, over its life
         self._shares = shares
         self._behind: deque[tuple[int, bytes]] = deque()  # to be copied: block, key
@@ -127,7 +126,6 @@ class KVManager:
         # 3. Its own unfinished block.
         if kv.tail and kv.num_cached == kv.tail_end // size * size and self._fetch(kv, kv.tail):
             kv.num_cached = kv.tail_end
-        self.num_reused += kv.num_cached
         # 4. Room for the rest.
         while len(kv.blocks) < count:
             kv.blocks.append(self.blocks.take())

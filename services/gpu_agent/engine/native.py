@@ -258,8 +258,7 @@ class NativeEngine(Library):
             return []
         out = self._settle(batch.abort("model_unavailable", reason))
         batch.suspend()
-        if isinstance(batch, Batch):
-            batch.kv.forget()
+        batch.forget()
         if model in self._turn:
             self._turn.remove(model)
         return out
