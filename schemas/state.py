@@ -29,6 +29,13 @@ class ModelSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     runner: Literal["auto", "generate", "embed"] = "auto"  # auto: as the files say
     preemption: Preemption = "preserve"
     prefix_caching: bool = True  # requests use the KV of others that began with the same tokens
+    pinned: bool = False  # brought in unasked and never swapped out for another model
+    gpus: tuple[str, ...] = ()  # names of the GPUs it may use; empty: any
+    priority: int = 0  # of waiting models the higher one goes first; -100..100
+    ttft_target_s: float | None = None  # time to first token aimed at; None: [scheduler]'s
+    token_target_s: float | None = None  # time per output token aimed at; None: [scheduler]'s
+    exclusive_group: str = ""  # of the models that name the same, one at most is on a GPU at a time
+    ttl_s: float = 0.0  # swapped out after so many idle seconds; 0: stays until room is needed
 
 
 class ModelFacts(msgspec.Struct, frozen=True):

@@ -13,6 +13,7 @@ from services import settings, telemetry
 from services.bus import BusError, BusOptions
 from services.ops import nats_server, stack
 from services.ops.supervisor import Supervisor, stop_on_signals
+from services.scheduler.simulate.command import simulate
 from services.settings import GpuSettings, Settings, SettingsError
 
 log = logging.getLogger("hotswap")
@@ -53,6 +54,7 @@ def cli() -> None:
     hotswap status           what is resident where
     hotswap trace            where the time of a request went
     hotswap verify           check a model's weights in memory against what was loaded
+    hotswap simulate         traffic of a day on simulated GPUs; how many GPUs are needed
 
     \b
     Exit status:
@@ -61,6 +63,9 @@ def cli() -> None:
       2    wrong usage of the command line
       130  interrupted before it was done
     """
+
+
+cli.add_command(simulate)
 
 
 @cli.command()

@@ -6,6 +6,7 @@ shows every key with its default; a test keeps the two in step.
 """
 
 import difflib
+import math
 import os
 import re
 import tomllib
@@ -21,6 +22,7 @@ from schemas.state import DType, ModelSpec, Preemption
 T = TypeVar("T")
 
 _MAX_NAME = 200  # characters in a model name
+_MAX_PRIORITY = 100  # of a model, either way
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     _UNITS[f"{_letter}B"] = 1000**_power
@@ -45,8 +47,23 @@ def parse_bytes(text: str | int) -> int:
 def _positive(owner: object, *keys: str) -> None:
     for key in keys:
         value = getattr(owner, key)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # so that nan is refused, too
             raise ValueError(f"{key} = {value!r} must be greater than 0")
+
+
+def _not_negative(owner: object, *keys: str) -> None:
+    for key in keys:
+        value = getattr(owner, key)
+        if not value >= 0:
+            raise ValueError(f"{key} = {value!r} must not be negative")
+
+
+def _finite(owner: object, *keys: str) -> None:
+    """For what goes to other services: JSON has no inf and no nan."""
+    for key in keys:
+        value = getattr(owner, key)
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{key} = {value!r} must be a finite number")
 
 
 def _port(owner: object, key: str = "port") -> None:
@@ -110,9 +127,7 @@ class GpuSettings(_Section, frozen=True):
         for key in ("memory", "page", "host_memory", "host_kv_memory"):
             if getattr(self, key) != "auto":
                 parse_bytes(getattr(self, key))
-        for key in ("index", "threads", "link_gb_per_s"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key} = {getattr(self, key)} must not be negative")
+        _not_negative(self, "index", "threads", "link_gb_per_s")
 
 
 class SchedulerSettings(_Section, frozen=True):
@@ -120,9 +135,15 @@ class SchedulerSettings(_Section, frozen=True):
     lease_ttl_s: int = 2  # a dead scheduler's successor waits this long at most
     reconcile_s: float = 1.0
     retry_failed_s: float = 10.0  # first retry of a model that failed; doubles up to 5 minutes
+    ttft_target_s: float = 2.0  # time to first token aimed at, where a model names none
+    token_target_s: float = 0.1  # time per output token aimed at, where a model names none
+    preemption: Literal["slack", "off"] = "slack"  # busy models with slack give way; off: none does
+    replicate: bool = True  # a model that is too busy for one GPU may be on several
+    starvation_s: float = 10.0  # a model that waited this long goes first, whatever else
 
     def __post_init__(self) -> None:
         _positive(self, "run_quantum_s", "lease_ttl_s", "reconcile_s", "retry_failed_s")
+        _positive(self, "ttft_target_s", "token_target_s", "starvation_s")
 
 
 class TelemetrySettings(_Section, frozen=True):
@@ -151,13 +172,30 @@ class ModelSettings(_Section, frozen=True):
     runner: Literal["auto", "generate", "embed"] = "auto"
     prefix_caching: bool = True  # requests use what others computed of the same tokens
     preemption: Preemption = "preserve"  # of its running requests, for another model's
+    pinned: bool = False  # brought in unasked and never swapped out for another model
+    gpus: tuple[str, ...] = ()  # names of the GPUs it may use; empty: any
+    priority: int = 0  # of waiting models the higher one goes first; -100..100
+    ttft_target_s: float | None = None  # time to first token aimed at; None: [scheduler]'s
+    token_target_s: float | None = None  # time per output token aimed at; None: [scheduler]'s
+    exclusive_group: str = ""  # of the models that name the same, one at most is on a GPU at a time
+    ttl_s: float = 0.0  # swapped out after so many idle seconds; 0: stays until room is needed
 
     def __post_init__(self) -> None:
         if not self.source:
             raise ValueError("source = '' must name a local folder, a hub id or s3://bucket/prefix")
         if "://" in self.source and not self.source.startswith("s3://"):
             raise ValueError(f"source = {self.source!r}: of object stores only s3:// is read")
+        _finite(self, "ttft_target_s", "token_target_s", "ttl_s")
         _positive(self, "max_model_len", "max_batch", "kv_tokens")
+        _positive(self, "ttft_target_s", "token_target_s")
+        _not_negative(self, "ttl_s")
+        if abs(self.priority) > _MAX_PRIORITY:
+            raise ValueError(
+                f"priority = {self.priority} must be from -{_MAX_PRIORITY} to {_MAX_PRIORITY}"
+            )
+        for gpu in self.gpus:
+            if self.gpus.count(gpu) > 1:
+                raise ValueError(f"gpus = {list(self.gpus)}: {gpu!r} is named twice")
 
 
 class Settings(_Section, frozen=True):
@@ -174,6 +212,9 @@ class Settings(_Section, frozen=True):
         for name in gpu_names:
             if gpu_names.count(name) > 1:
                 raise ValueError(f"gpus: name = {name!r} is used twice")
+        for name, model in self.models.items():
+            _check_gpus(name, model, gpu_names)
+        _check_groups(self.models, gpu_names)
 
     @property
     def state_path(self) -> Path:
@@ -185,6 +226,32 @@ class Settings(_Section, frozen=True):
             ModelSpec(name=name, **msgspec.structs.asdict(model))
             for name, model in self.models.items()
         ]
+
+
+def _check_gpus(name: str, model: ModelSettings, gpu_names: list[str]) -> None:
+    """``gpu_names``: the configured ones; none where the machine is asked for its GPUs later."""
+    for gpu in model.gpus:
+        if gpu_names and gpu not in gpu_names:
+            raise ValueError(
+                f"models.{name}: gpus = {list(model.gpus)}: no [[gpus]] has the name {gpu!r}; "
+                f"known names: {', '.join(gpu_names)}"
+            )
+
+
+def _check_groups(models: dict[str, ModelSettings], gpu_names: list[str]) -> None:
+    """Each pinned model of an exclusive group needs a GPU that no other of them is on."""
+    groups: dict[str, list[str]] = {}
+    for name, model in models.items():
+        if model.pinned and model.exclusive_group:
+            groups.setdefault(model.exclusive_group, []).append(name)
+    for group, pinned in groups.items():
+        usable = [models[name].gpus or gpu_names for name in pinned]
+        gpus = list(dict.fromkeys(gpu for names in usable for gpu in names))
+        if all(usable) and len(pinned) > len(gpus):  # where one has none, any the machine has
+            raise ValueError(
+                f"models: {', '.join(pinned)} have pinned = true and exclusive_group = {group!r}, "
+                f"so each needs a GPU of its own, but they may use only: {', '.join(gpus)}"
+            )
 
 
 def load(path: Path) -> Settings:
@@ -212,7 +279,10 @@ def parse(raw: dict[str, Any], *, origin: str, folder: Path) -> Settings:
         model = _convert(table, ModelSettings, origin, ("models", name))
         models[name] = msgspec.structs.replace(model, source=_resolve(model.source, folder))
     state_dir = str(folder / Path(settings.state_dir).expanduser())
-    return msgspec.structs.replace(settings, models=models, state_dir=state_dir)
+    try:
+        return msgspec.structs.replace(settings, models=models, state_dir=state_dir)
+    except ValueError as error:  # a check across sections
+        raise SettingsError(f"{origin}: {error}") from error
 
 
 def dump(settings: Settings) -> str:

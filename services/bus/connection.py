@@ -10,7 +10,6 @@ as ``Message.context``. This is the only file that imports nats.
 """
 
 import asyncio
-import contextlib
 import itertools
 import logging
 from collections.abc import Awaitable, Callable, Mapping
@@ -92,7 +91,44 @@ class RawMessage:
 
 Handler = Callable[[Message[T]], Awaitable[None]]
 RawHandler = Callable[[RawMessage], Awaitable[None]]
+Listener = Callable[[str, bytes, bytes], None]  # subject, body, header block (may be empty)
 Hook = Callable[[], Awaitable[None]]
+
+
+def header_of(block: bytes, name: bytes) -> str:
+    """The value of one header of a block as `Bus.listen` gives it; empty where it is missing."""
+    begin = block.find(b"\r\n" + name + b":")
+    if begin < 0:
+        return ""
+    begin += len(name) + 3
+    return block[begin : block.find(b"\r\n", begin)].strip().decode(errors="replace")
+
+
+def headers_of(block: bytes) -> dict[str, str]:
+    """All headers of a block as `Bus.listen` gives it."""
+    lines = block.decode(errors="replace").split("\r\n")[1:]  # the first one is the version
+    pairs = (line.partition(":") for line in lines)
+    return {name.strip(): value.strip() for name, colon, value in pairs if colon}
+
+
+class _Client(Client):
+    """nats-py's client with a short way for `Bus.listen`: no queue, no task, headers unread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.listeners: dict[int, Listener] = {}  # by subscription
+
+    async def _process_msg(
+        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None
+    ) -> None:
+        listener = self.listeners.get(sid)
+        if listener is None:
+            await super()._process_msg(sid, subject, reply, data, headers)  # type: ignore[arg-type]
+            return
+        try:
+            listener(subject.decode(), data, headers or b"")
+        except Exception:
+            log.exception("listener failed on %s", subject)
 
 
 class Bus:
@@ -101,7 +137,7 @@ class Bus:
     def __init__(self, options: BusOptions, service: str) -> None:
         self.options = options
         self.service = service
-        self._client = Client()
+        self._client = _Client()
         self._encoder = msgspec.json.Encoder()
         self._hooks: dict[int, Hook] = {}
         self._ids = itertools.count()
@@ -143,9 +179,14 @@ class Bus:
                 pending_size=MAX_PENDING_BYTES,
             )
         )
-        await asyncio.wait(
-            (connecting, refused), timeout=patience_s, return_when=asyncio.FIRST_COMPLETED
-        )
+        try:
+            await asyncio.wait(
+                (connecting, refused), timeout=patience_s, return_when=asyncio.FIRST_COMPLETED
+            )
+        except asyncio.CancelledError:  # or it would go on trying, and connect for nobody
+            connecting.cancel()
+            await bus._client.close()
+            raise
         why = "no answer"
         if connecting.done() and not (error := connecting.exception()):
             bus.inbox = bus._client.new_inbox()
@@ -170,8 +211,11 @@ class Bus:
                 await asyncio.wait_for(self._client.flush(), 2)
             except (TimeoutError, nats.errors.Error):
                 log.warning("closing the bus with unsent messages: the server does not answer")
-            with contextlib.suppress(OSError):  # the connection broke while it was being closed
+            try:
                 await self._client.close()
+            except OSError:  # the connection broke while it was being closed, and is still open
+                if self._client._transport:
+                    self._client._transport.close()  # type: ignore[no-untyped-call]
 
     @property
     def is_connected(self) -> bool:
@@ -266,6 +310,38 @@ class Bus:
                     await subscription.unsubscribe()
             except nats.errors.Error as error:  # the connection went away meanwhile: so did it
                 log.debug("unsubscribing from %s: %s", subject, error)
+
+        return unsubscribe
+
+    async def listen(self, subject: str, listener: Listener) -> Hook:
+        """Call ``listener`` with each message on ``subject``, as it is read. Returns its undo.
+
+        For many messages a second: a fifth of the cost of `subscribe_raw`, because nothing is
+        queued and headers stay bytes (`header_of`). It must be quick, and can not wait.
+        """
+
+        async def never(_: Msg) -> None:
+            """The client insists on a handler that waits."""
+
+        sid = self._client._sid + 1  # known before the server may answer
+        self._client.listeners[sid] = listener
+        try:
+            subscription: Subscription = await self._client.subscribe(subject, cb=never)
+        except nats.errors.Error as error:
+            del self._client.listeners[sid]
+            raise BusError(f"subscribing to {subject}: {error}") from error
+
+        async def unsubscribe() -> None:
+            try:
+                if not self._client.is_closed:
+                    await self._client._send_unsubscribe(sid)
+                    if self._client.is_connected:
+                        await self.flush()
+                    await subscription.unsubscribe()
+            except nats.errors.Error as error:  # the connection went away meanwhile: so did it
+                log.debug("unsubscribing from %s: %s", subject, error)
+            finally:
+                self._client.listeners.pop(sid, None)
 
         return unsubscribe
 

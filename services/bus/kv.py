@@ -6,16 +6,25 @@ A bucket is a stream with one subject per key. Expiry is announced by a marker m
 
 import asyncio
 import base64
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 
 from schemas.names import BUCKET_LEASES
 from schemas.state import LeaseRecord
-from services.bus.connection import Bus, BusError, Hook, JetStreamError, RawMessage
+from services.bus.connection import (
+    Bus,
+    BusError,
+    Hook,
+    JetStreamError,
+    RawMessage,
+    headers_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -31,15 +40,24 @@ class LeaseLost(BusError):
 
 @dataclass(frozen=True)
 class Entry(Generic[T]):
-    """A key and its value; ``value`` is None when the key was deleted or expired."""
+    """A key and its value; ``value`` is None when the key was deleted or expired.
+
+    ``ttl_s``: what it was stored with; 0: no TTL.
+    """
 
     key: str
     value: T | None
     revision: int
+    ttl_s: int = 0
 
 
-def _is_tombstone(headers: Any) -> bool:
+def _is_tombstone(headers: Mapping[str, str]) -> bool:
     return "KV-Operation" in headers or "Nats-Marker-Reason" in headers
+
+
+def _ttl_s(headers: Mapping[str, str]) -> int:
+    number = headers.get("Nats-TTL", "").removesuffix("s")
+    return int(number) if number.isdecimal() else 0
 
 
 class Bucket(Generic[T]):
@@ -66,8 +84,12 @@ class Bucket(Generic[T]):
             headers["Nats-TTL"] = f"{ttl_s}s"
         return await self._bus.store(self._prefix + key, msgspec.json.encode(value), headers)
 
-    async def delete(self, key: str) -> None:
-        await self._bus.store(self._prefix + key, b"", {"KV-Operation": "DEL"})
+    async def delete(self, key: str, *, expect: int | None = None) -> None:
+        """``expect``: as for `put`."""
+        headers = {"KV-Operation": "DEL"}
+        if expect is not None:
+            headers["Nats-Expected-Last-Subject-Sequence"] = str(expect)
+        await self._bus.store(self._prefix + key, b"", headers)
 
     async def get(self, key: str) -> Entry[T]:
         """The entry now; value None with its revision where it was deleted or expired."""
@@ -80,11 +102,12 @@ class Bucket(Generic[T]):
                 return Entry(key, None, 0)
             raise
         message = answer["message"]
-        headers = base64.b64decode(message.get("hdrs", "")).decode()
+        headers = headers_of(base64.b64decode(message.get("hdrs", "")))
         if _is_tombstone(headers):
             return Entry(key, None, int(message["seq"]))
         data = base64.b64decode(message.get("data", ""))
-        return Entry(key, self._decoder.decode(data), int(message["seq"]))
+        value = self._decoder.decode(data)
+        return Entry(key, value, int(message["seq"]), _ttl_s(headers))
 
     async def items(self) -> dict[str, T]:
         """Every key's value now."""
@@ -97,8 +120,12 @@ class Bucket(Generic[T]):
         await (await self.watch(collect))()
         return found
 
-    async def watch(self, on_entry: Callable[[Entry[T]], Awaitable[None]]) -> Hook:
+    async def watch(
+        self, on_entry: Callable[[Entry[T]], Awaitable[None]], *, key: str = ">"
+    ) -> Hook:
         """Call ``on_entry`` for every key's present value, then for each change. Returns its undo.
+
+        ``key``: of this key only.
 
         Returns once the present values have been delivered. After a reconnect all present
         values come again, so ``on_entry`` must be idempotent.
@@ -129,7 +156,7 @@ class Bucket(Generic[T]):
                     "config": {
                         "deliver_subject": inbox,
                         "deliver_policy": "last_per_subject",
-                        "filter_subject": f"$KV.{self.name}.>",
+                        "filter_subject": self._prefix + key,
                         "ack_policy": "none",
                         "mem_storage": True,
                         "num_replicas": 1,
@@ -166,18 +193,20 @@ class Bucket(Generic[T]):
         except msgspec.DecodeError as error:
             log.error("dropped %s in bucket %s: %s", key, self.name, error)
             return
-        await on_entry(Entry(key, value, revision))
+        await on_entry(Entry(key, value, revision, _ttl_s(raw.headers)))
 
 
 class Writer(Generic[T]):
     """Writes a bucket's records soon, newest value per key, retrying while the server is away.
 
     For records that mirror state which lives elsewhere: `put` never waits, and a key that
-    changed twice before it was written is written once.
+    changed twice before it was written is written once. ``may_write``: where it says no, the
+    record is somebody else's to write by now, and ours is dropped.
     """
 
-    def __init__(self, bucket: Bucket[T]) -> None:
+    def __init__(self, bucket: Bucket[T], may_write: Callable[[], bool] = lambda: True) -> None:
         self._bucket = bucket
+        self._may_write = may_write
         self._pending: dict[str, T] = {}
         self._wake = asyncio.Event()
 
@@ -192,6 +221,9 @@ class Writer(Generic[T]):
             self._wake.clear()
             while self._pending:
                 key, value = next(iter(self._pending.items()))
+                if not self._may_write():
+                    self._pending.clear()
+                    break
                 try:
                     await self._bucket.put(key, value)
                 except BusError as error:
@@ -204,10 +236,28 @@ class Writer(Generic[T]):
 
 
 class Lease:
-    """A key of HS_LEASES that its holder renews and that expires by itself.
+    """A key of HS_LEASES that its holder renews, and that is free when nobody did for its TTL.
 
-    ``epoch`` is the stream sequence of the acquiring write: it grows with every change of
-    holder, so it fences off whoever held the lease before. The server's shortest TTL is 1 s.
+    Two never hold it at once, whatever dies, stops for a while or is cut off:
+
+    1. Every write names the revision that it replaces, so of any number of writers that saw the
+       same revision one succeeds: one successor, and none over a renewal that it had not seen.
+    2. A holder believes in its lease (`is_held`) for the TTL, counted from before it asked for
+       the last write that succeeded. Whoever waits takes it over when the revision has not
+       changed for the TTL, counted from when that revision was seen. Seen is later than asked
+       for, and each counts by its own monotonic clock, so the holder has stepped down first::
+
+           holder    asks |----------- TTL -----------|  is_held no more
+           server        stored
+           waiting         seen |----------- TTL -----------| replaces that revision
+
+    3. A holder that was stopped between a look at `is_held` and what it did then is fenced off:
+       ``epoch``, the stream sequence of the acquiring write, grows with every change of holder,
+       and agents turn away what carries an older one than they have heard of.
+
+    Nobody waits for the server to expire the key, whose timers may be a second late; where it
+    is found expired or given up, it is free at once. The TTL that counts is the holder's: it
+    stands in its message. The server's shortest TTL is 1 s.
     """
 
     def __init__(self, bus: Bus, key: str, holder: str, ttl_s: int) -> None:
@@ -215,42 +265,90 @@ class Lease:
         self.holder = holder
         self.ttl_s = ttl_s
         self.epoch = 0
-        self._revision = 0
+        self.valid_until = 0.0  # monotonic
+        self._written = 0  # revision of our last write
+        self._seen = 0  # the newest revision that we know of, whoever wrote it
+        self._free_at = 0.0  # monotonic: when we may replace that one
+        self._changed = asyncio.Event()
         self._bucket = Bucket(bus, BUCKET_LEASES, LeaseRecord)
 
-    async def try_acquire(self) -> bool:
-        """Take the lease if nobody holds it (or we still do). One compare-and-set."""
-        entry = await self._bucket.get(self.key)
-        if entry.value is not None and entry.value.holder != self.holder:
-            return False
+    @property
+    def is_held(self) -> bool:
+        return time.monotonic() < self.valid_until
+
+    async def acquire(self) -> None:
+        """Wait until it is ours. Raises BusError, TimeoutError; then ask again."""
+        stop = await self._bucket.watch(self._on_entry, key=self.key)
         try:
-            record = LeaseRecord(holder=self.holder, epoch=0)
-            self._revision = await self._bucket.put(
-                self.key, record, expect=entry.revision, ttl_s=self.ttl_s
-            )
+            self._see(await self._bucket.get(self.key))  # a key that never was is not watched
+            while True:
+                self._changed.clear()
+                wait_s = self._free_at - time.monotonic()
+                if wait_s > 0:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._changed.wait(), wait_s)
+                elif await self._take():
+                    return
+                else:
+                    self._see(await self._bucket.get(self.key))
+        finally:
+            await stop()
+
+    async def try_acquire(self) -> bool:
+        """Take the lease if nobody holds it (or we still do). Ask again and again: somebody
+        else's is free when it has not changed between calls a TTL apart.
+        """
+        self._see(await self._bucket.get(self.key))
+        return time.monotonic() >= self._free_at and await self._take()
+
+    async def renew(self) -> None:
+        """Hold it for another TTL. Raises LeaseLost where it is somebody else's now."""
+        record = LeaseRecord(holder=self.holder, epoch=self.epoch)
+        try:
+            await self._write(record, self._written)
+            return
+        except JetStreamError as error:
+            if error.code != _WRONG_LAST_SEQUENCE:
+                raise
+        entry = await self._bucket.get(self.key)
+        if entry.value is None or entry.value.holder != self.holder:
+            self.valid_until = 0.0
+            raise LeaseLost(f"lease {self.key} is no longer held by {self.holder}")
+        await self._write(record, entry.revision)  # over one whose answer was lost
+
+    async def release(self) -> None:
+        """Give it up at once, so that a successor need not wait."""
+        self.valid_until = 0.0
+        try:
+            await self._bucket.delete(self.key, expect=self._written)
+        except BusError:
+            log.info("lease %s was already gone", self.key)
+
+    async def _on_entry(self, entry: Entry[LeaseRecord]) -> None:
+        if entry.revision > self._seen:  # else what a read has told us by now
+            self._see(entry)
+
+    def _see(self, entry: Entry[LeaseRecord]) -> None:
+        """Note the revision, and from when on we may replace it."""
+        if entry.value is None or entry.value.holder == self.holder:
+            self._free_at = 0.0
+        elif entry.revision != self._seen:
+            self._free_at = time.monotonic() + (entry.ttl_s or self.ttl_s)
+        self._seen = entry.revision
+        self._changed.set()
+
+    async def _take(self) -> bool:
+        try:
+            await self._write(LeaseRecord(holder=self.holder, epoch=0), self._seen)
         except JetStreamError as error:
             if error.code == _WRONG_LAST_SEQUENCE:
                 return False
             raise
-        self.epoch = self._revision
+        self.epoch = self._written
         return True
 
-    async def renew(self) -> None:
-        """Push the expiry ``ttl_s`` into the future. Raises LeaseLost."""
-        record = LeaseRecord(holder=self.holder, epoch=self.epoch)
-        try:
-            self._revision = await self._bucket.put(
-                self.key, record, expect=self._revision, ttl_s=self.ttl_s
-            )
-        except JetStreamError as error:
-            if error.code == _WRONG_LAST_SEQUENCE:
-                raise LeaseLost(f"lease {self.key} is no longer held by {self.holder}") from error
-            raise
-
-    async def release(self) -> None:
-        """Give it up at once, so that a successor need not wait for the expiry."""
-        try:
-            await self.renew()
-            await self._bucket.delete(self.key)
-        except (LeaseLost, BusError):
-            log.info("lease %s was already gone", self.key)
+    async def _write(self, record: LeaseRecord, over: int) -> None:
+        """Replace the revision ``over``."""
+        asked_at = time.monotonic()
+        self._written = await self._bucket.put(self.key, record, expect=over, ttl_s=self.ttl_s)
+        self.valid_until = asked_at + self.ttl_s

@@ -3,6 +3,7 @@
 Control owns the replica table and never touches device memory: the engine worker does, one
 operation at a time. Here everything comes together, and what is stale is turned away:
 
+    leaders  ---> raise the epoch, and are sent our status
     commands ---> fenced by epoch and generation ---> `Operations` ---> worker
     requests ---> `Pull`, by free slots -----------> `Serving` ------> worker
     worker  ----> `Outcomes` or `Serving` -------> `Reporter`, chunks
@@ -15,10 +16,10 @@ from pathlib import Path
 
 from schemas import names
 from schemas.commands import Command, Register
-from schemas.events import AgentStarted, AgentStopped, WorkerDied
+from schemas.events import AgentStarted, AgentStopped, LeaderElected, WorkerDied
 from schemas.requests import CancelRequest, VerifyRequest
-from schemas.state import AgentStatus
-from services.bus import Bus, Message
+from schemas.state import AgentStatus, LeaseRecord
+from services.bus import Bucket, Bus, BusError, Message
 from services.gpu_agent import ipc
 from services.gpu_agent.operations import Operations
 from services.gpu_agent.outcomes import Outcomes
@@ -30,6 +31,8 @@ from services.gpu_agent.worker_link import STOP_GRACE_S, WorkerKeeper
 from services.settings import GpuSettings
 
 log = logging.getLogger(__name__)
+
+_ELECTED = f"{names.PREFIX}.events.leader_elected.>"
 
 
 def _always() -> bool:
@@ -89,6 +92,9 @@ class AgentControl:
         """Listen for commands, and say that we are here. Call once we hold the lease."""
         self._is_open = True
         await self.serving.start()
+        await self._bus.subscribe(_ELECTED, LeaderElected, self._on_leader)
+        await self._learn_leader()
+        self._bus.on_reconnect(self._learn_leader)
         await self._bus.subscribe(names.command_subject(self.gpu), Command, self._on_command)
         await self._bus.subscribe(names.cancel_subject(), CancelRequest, self._on_cancel)
         await self._bus.subscribe(names.verify_subject(self.gpu), VerifyRequest, self._on_verify)
@@ -143,6 +149,27 @@ class AgentControl:
     async def _changed(self, replica: Replica) -> None:
         self.reporter.residency(replica.residency(self.gpu))
         await self.publish_status()
+
+    # -- leaders -------------------------------------------------------------------------
+
+    async def _on_leader(self, message: Message[LeaderElected]) -> None:
+        """From now on nothing of an older leader counts, and the new one wants to know of us."""
+        if message.body.epoch >= self._epoch:
+            self._epoch = message.body.epoch
+            await self.publish_status()
+
+    async def _learn_leader(self) -> None:
+        """Who leads, where we were not there to hear it: we start, or were cut off."""
+        bucket = Bucket(self._bus, names.BUCKET_LEASES, LeaseRecord)
+        try:
+            entry = await bucket.get(names.LEADER_KEY)
+        except BusError as error:
+            log.warning("who leads is not known yet: %s", error)
+            return
+        # The write that acquires the lease can not name its own revision, which is the epoch.
+        # An expiry, too, is newer than whoever led until then.
+        epoch = entry.value.epoch if entry.value and entry.value.epoch else entry.revision
+        self._epoch = max(self._epoch, epoch)
 
     # -- commands ------------------------------------------------------------------------
 

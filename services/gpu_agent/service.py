@@ -108,20 +108,17 @@ class Tenure:
         self._gpu = gpu
         self._bus = bus
         self._lease = Lease(bus, names.agent_lease_key(gpu), self.holder, LEASE_TTL_S)
-        self._valid_until = 0.0
 
     @property
     def is_held(self) -> bool:
-        return time.monotonic() < self._valid_until
+        return self._lease.is_held
 
     async def begin(self) -> None:
         """Wait for the lease. Raises BusError where somebody else keeps it."""
         give_up_at = time.monotonic() + _TAKE_PATIENCE_S
         while True:
-            asked_at = time.monotonic()
             try:
                 if await self._lease.try_acquire():
-                    self._valid_until = asked_at + LEASE_TTL_S
                     return
                 why = f"another agent serves GPU {self._gpu!r} already: give each GPU its own name"
             except BusError as error:
@@ -134,10 +131,8 @@ class Tenure:
         """Renew for ever. Raises LeaseLost where another agent has it."""
         while True:
             await asyncio.sleep(LEASE_TTL_S / 3)
-            asked_at = time.monotonic()
             try:
                 await self._renew()
-                self._valid_until = asked_at + LEASE_TTL_S
             except LeaseLost:
                 raise
             except BusError as error:
@@ -149,7 +144,6 @@ class Tenure:
         except LeaseLost as error:
             # It expired while the server or this machine was away. If it is free it is ours
             # again: our replicas are what they were.
-            self._valid_until = 0.0
             if not await self._lease.try_acquire():
                 raise LeaseLost(
                     f"GPU {self._gpu!r} was taken over by another agent while this one was cut "
@@ -158,6 +152,5 @@ class Tenure:
 
     async def end(self) -> None:
         """Give it back, so that a successor need not wait."""
-        if self._valid_until and self._bus.is_connected:
+        if self.is_held and self._bus.is_connected:
             await self._lease.release()
-        self._valid_until = 0.0

@@ -20,6 +20,7 @@ from schemas.events import (
     WorkerDied,
 )
 from schemas.state import AgentStatus
+from services.scheduler import eviction
 from services.scheduler.inputs import AgentLost, Demand, DeploymentAdded, Input, QueueDepths
 from services.scheduler.lifecycle import COMPLETED, PENDING_STATES, CommandKind
 from services.scheduler.reconcile import absorb_status, fail, finish, retire_instance
@@ -34,16 +35,19 @@ def absorb(state: ClusterState, event: Input, now: float) -> None:
             state.add_waiter(Waiter(event.request_id, event.model, event.klass, event.at))
         case RequestStarted():
             state.remove_waiter(event.model, event.request_id, event.at)
-            _count_in_flight(state, event.gpu, event.model, 1, now)
+            _started(state, event.gpu, event.model, now)
         case RequestEnded():
             state.remove_waiter(event.model, event.request_id, event.at)
-            _count_in_flight(state, event.gpu, event.model, -1, now)
+            _ended(state, event, now)
         case RequestWithdrawn():
             state.remove_waiter(event.model, event.request_id, event.at)
         case QueueDepths():
             state.match_depths(event.depths, event.at)
         case AgentStatus():
             agent = state.agent(event.gpu)
+            if not agent.replicas:
+                for model in state.deployments:
+                    agent.replica(model)
             absorb_status(agent, event, state.config, now)
         case ModelRegistered():
             replica = _answered(state, event.gpu, event.model, event.generation, "register")
@@ -61,10 +65,14 @@ def absorb(state: ClusterState, event: Input, now: float) -> None:
             replica = _answered(state, event.gpu, event.model, event.generation, "swap_in")
             if replica:
                 replica.swap_s = event.trace.total_s
+                replica.agent.link.note(event.trace)
+                replica.slack_s -= now - replica.slack_at  # its requests waited all the while
+                replica.slack_at = now
                 _complete(replica, "swap_in", now)
         case SwapOutCompleted():
             replica = _answered(state, event.gpu, event.model, event.generation, "swap_out")
             if replica:
+                replica.slack_s, replica.slack_at = state.slack_s(replica, now), now
                 replica.in_flight = event.num_suspended
                 _complete(replica, "swap_out", now)
         case CommandFailed():
@@ -132,24 +140,51 @@ def _unload(state: ClusterState, event: ModelUnloaded, now: float) -> None:
     if not replica.floor <= event.generation <= replica.generation:
         return
     agent.host_used_bytes = max(0, agent.host_used_bytes - event.num_bytes)
+    state.index.changed.preloads[agent.gpu] = None
     replica.life.move("unloaded", now)
     replica.last_kind = "unload"
     replica.believe_at = None
     replica.in_flight = 0
 
 
-def _count_in_flight(state: ClusterState, gpu: str, model: str, change: int, now: float) -> None:
+def _started(state: ClusterState, gpu: str, model: str, now: float) -> None:
     """Between statuses; the next status sets it right if an event was lost or came twice."""
     replica = state.find_replica(gpu, model)
     if replica:
-        replica.in_flight = max(0, replica.in_flight + change)
+        # On average over its requests; the newest has no slack yet.
+        num = replica.in_flight
+        slack_s = state.slack_s(replica, now) if num else 0.0
+        replica.slack_s, replica.slack_at = slack_s * num / (num + 1), now
+        replica.in_flight += 1
         replica.last_used = now
+        eviction.note_use(state, replica)
+
+
+def _ended(state: ClusterState, event: RequestEnded, now: float) -> None:
+    replica = state.find_replica(event.gpu, event.model)
+    if replica:
+        num = replica.in_flight
+        replica.in_flight = max(0, num - 1)
+        replica.last_used = now
+        timing = event.timing
+        tempo = state.tempo(event.model)
+        tempo.note(timing.prefill_s, timing.decode_s, event.completion_tokens - 1)
+        if num >= state.config.crowd:  # another replica may be due, or not any more
+            state.index.changed.turns[event.model] = None
 
 
 def _add_deployment(state: ClusterState, event: DeploymentAdded) -> None:
     spec = event.spec
     known = state.deployments.get(spec.name)
     state.deployments[spec.name] = spec
+    state.with_ttl.pop(spec.name, None)
+    if spec.ttl_s and not spec.pinned:
+        state.with_ttl[spec.name] = spec.ttl_s
+    state.index.changed.views[spec.name] = None
+    state.index.changed.turns[spec.name] = None
+    if known is None:
+        for agent in state.agents.values():
+            agent.replica(spec.name)
     if known is None or known == spec:
         return
     for agent in state.agents.values():

@@ -14,7 +14,7 @@ start over, and could be preempted and start over for ever.
 
 from services.scheduler.lifecycle import LEAVING_STATES
 from services.scheduler.replica import Agent, Replica
-from services.scheduler.state import ClusterState, line_order
+from services.scheduler.state import ClusterState
 
 
 def fits_unasked(agent: Agent, replica: Replica) -> bool:
@@ -55,25 +55,25 @@ def is_dropping(agent: Agent) -> bool:
     """A load is under way that others make room for. Which ones only the agent knows: until it
     tells, a swap-in may find its image gone.
     """
-    is_loading = any(r.state == "loading" for r in agent.replicas.values())
-    return is_loading and 0 < agent.host_budget_bytes < agent.image_bytes
+    return bool(agent.loading) and 0 < agent.host_budget_bytes < agent.image_bytes
 
 
 def leaving_bytes(agent: Agent) -> int:
     """Bytes of images that may be dropped as soon as their models have left the device."""
     return sum(
         r.image_bytes
-        for r in agent.replicas.values()
+        for r in agent.device.values()
         if r.state in LEAVING_STATES and not r.is_suspending
     )
 
 
 def suspended_images(agent: Agent) -> list[Replica]:
     """Images that may be dropped once their suspended requests have gone on and ended."""
-    return [r for r in agent.replicas.values() if r.is_suspended or r.is_suspending]
+    suspending = [r for r in agent.device.values() if r.is_suspending]
+    return [*agent.suspended.values(), *suspending]
 
 
 def _is_ahead(state: ClusterState, model: str, of: str) -> bool:
     if model not in state.waiting:
         return False
-    return line_order(state.waiting[model].earliest) < line_order(state.waiting[of].earliest)
+    return state.waiting[model].order < state.waiting[of].order

@@ -39,6 +39,7 @@ again.
 """
 
 from collections import deque
+from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 from schemas.state import ReplicaState
@@ -162,38 +163,42 @@ def is_behind(kind: PathKind | None, ours: ReplicaState, theirs: ReplicaState) -
 class Lifecycle:
     """The state of one replica with the story of how it got there.
 
-    ``name`` is used in errors only (``gpu/model``).
+    ``name`` is used in errors only (``gpu/model``). ``on_move`` is called after each change of
+    state.
     """
 
-    __slots__ = ("_history", "_state", "name")
+    __slots__ = ("_history", "_on_move", "name", "state")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, on_move: Callable[[], None] | None = None) -> None:
         self.name = name
-        self._state: ReplicaState = "cold"
-        self._history: deque[str] = deque(maxlen=HISTORY_LENGTH)
-
-    @property
-    def state(self) -> ReplicaState:
-        return self._state
+        self.state: ReplicaState = "cold"  # written here only
+        self._history: deque[tuple[float, ReplicaState, str, ReplicaState, str]] = deque(
+            maxlen=HISTORY_LENGTH
+        )
+        self._on_move = on_move
 
     @property
     def history(self) -> list[str]:
         """The last moves, oldest first, as text."""
-        return list(self._history)
+        return [
+            f"{at:.3f} {was} --{cause}--> {target}" + (f" ({why})" if why else "")
+            for at, was, cause, target, why in self._history
+        ]
 
     def move(self, cause: Cause, now: float, why: str = "") -> None:
         """Follow the table. Raises `InvalidTransition` where it has no such row."""
-        target = TRANSITIONS[self._state].get(cause)
+        target = TRANSITIONS[self.state].get(cause)
         if target is None:
-            raise InvalidTransition(self.name, self._state, cause, self.history)
+            raise InvalidTransition(self.name, self.state, cause, self.history)
         self._note(target, cause, now, why)
 
     def adopt(self, state: ReplicaState, now: float, why: str) -> None:
         """Take over what the agent says, whatever was believed before."""
-        if state != self._state:
+        if state != self.state:
             self._note(state, "reported", now, why)
 
     def _note(self, target: ReplicaState, cause: str, now: float, why: str) -> None:
-        detail = f" ({why})" if why else ""
-        self._history.append(f"{now:.3f} {self._state} --{cause}--> {target}{detail}")
-        self._state = target
+        self._history.append((now, self.state, cause, target, why))
+        self.state = target
+        if self._on_move:
+            self._on_move()

@@ -8,25 +8,35 @@ one. A turn is *overdue* when it has waited longer than the run quantum.
 """
 
 from collections.abc import Collection
+from itertools import islice
 from typing import Literal, TypeAlias
 
 import msgspec
 
 from services.scheduler import host_memory
-from services.scheduler.lifecycle import DEVICE_STATES
+from services.scheduler.index import FEW
+from services.scheduler.lifecycle import LEAVING_STATES
 from services.scheduler.replica import Agent, Replica
 from services.scheduler.state import ClusterState
 from services.scheduler.turns import Turn
 from services.scheduler.victims import (
+    arrival_s,
     busy_victims,
     choose_victims,
     idle_victims,
     image_bytes,
-    is_idle,
+    slack_victims,
 )
 
 Action: TypeAlias = Literal["swap_in", "wait", "evict", "load", "claim", "make_room"]
 Claims: TypeAlias = dict[str, int]  # gpu -> bytes
+
+MOST_GPUS = 8  # that are looked at for one turn, of each kind
+_PRESSURE_S = 0.5  # what a GPU whose memory is all in use costs a newcomer, in computing
+_ROW_S = 0.001  # and each request that runs there
+_HURRY = 1.5  # who is due within so many times what its swap-in takes is in a hurry
+_PATIENCE = 20.0  # swap-ins: where they are slow, who waits longest must wait longer
+_RETURN_S = 10.0  # a model that was idle for less is as likely as not wanted again soon
 
 
 class Placement(msgspec.Struct, frozen=True):
@@ -45,14 +55,43 @@ class Placement(msgspec.Struct, frozen=True):
     victims: tuple[str, ...] = ()
 
 
+class Option(msgspec.Struct, frozen=True):
+    """One GPU as a place for a turn. ``rank``: number in the decision tree of `weigh`.
+
+    ``cost_s``: what it costs, in seconds: until it has arrived, for computing beside others, and
+    for bringing victims back that are likely to be wanted again.
+    """
+
+    rank: int
+    placement: Placement
+    cost_s: float
+    victim_bytes: int
+    missing_bytes: int  # of the weights, not on the device any more
+    free_bytes: int
+    victims_used_at: float  # when the one used last was used
+
+    @property
+    def by_load(self) -> tuple[int, float, int, int, int, int]:
+        return (
+            max(self.rank, 3),  # 1 to 3 hurt nobody
+            round(self.cost_s, 2),
+            self.rank,
+            self.victim_bytes,
+            self.missing_bytes,
+            -self.free_bytes,
+        )
+
+    @property
+    def by_memory(self) -> tuple[int, float, int]:
+        return (self.rank, self.victims_used_at, -self.free_bytes)
+
+
 def can_host(agent: Agent, replica: Replica, now: float) -> bool:
     """Registered, not failed, no larger than the device, and free to be commanded."""
+    state = replica.state
     return (
         replica.facts is not None
-        and (
-            replica.state == "cold"
-            or (replica.state == "host" and not host_memory.is_dropping(agent))
-        )
+        and (state == "cold" or (state == "host" and not host_memory.is_dropping(agent)))
         and replica.is_settled
         and replica.footprint_bytes <= agent.budget_bytes
         and (replica.failure is None or replica.failure.retry_at <= now)
@@ -61,79 +100,110 @@ def can_host(agent: Agent, replica: Replica, now: float) -> bool:
 
 def is_loading_for_waiters(state: ClusterState, agent: Agent) -> bool:
     """Loads for waiters go one at a time per agent: the earliest gets the whole disk."""
-    return any(r.state == "loading" and r.model in state.waiting for r in agent.replicas.values())
+    return any(model in state.waiting for model in agent.loading)
 
 
 def is_overdue(state: ClusterState, turn: Turn, now: float) -> bool:
     return now - turn.since > state.config.run_quantum_s
 
 
-def arrivals_to_call_off(state: ClusterState) -> list[Replica]:
-    """Replicas that are swapped in for waiters who have all left.
+def to_call_off(state: ClusterState, replica: Replica) -> bool:
+    """Whether it is swapped in for waiters who have all left.
 
     Only where we commanded it: a new leader that finds a swap-in under way does not know yet
     who waits. What was freed for it is not given back: its former owner's pages are still
     cached, and come back for free when they are wanted.
     """
-    return [
-        replica
-        for agent in state.usable_agents()
-        for replica in agent.replicas.values()
-        if replica.pending and replica.pending.kind == "swap_in" and is_idle(state, replica)
-    ]
+    pending = replica.pending
+    return (
+        replica.state == "swapping_in"
+        and pending is not None
+        and pending.kind == "swap_in"
+        and not pending.is_unasked
+        and state.is_idle(replica)
+    )
 
 
 # -- placement -----------------------------------------------------------------------------
-
-
-class _Option(msgspec.Struct, frozen=True):
-    rank: int  # number in the decision tree of `place`
-    placement: Placement
-    pressure: float  # busy bytes / budget
-    victim_bytes: int
-    missing_bytes: int  # of the weights, not on the device any more
-    free_bytes: int
-
-    @property
-    def order(self) -> tuple[int, float, int, int, int]:
-        return (
-            self.rank,
-            self.pressure,
-            self.victim_bytes,
-            self.missing_bytes,
-            -self.free_bytes,
-        )
 
 
 def pressure(state: ClusterState, agent: Agent) -> float:
     """Share of the budget that is held by replicas with requests running or waiting, or that
     suspended requests will need there.
     """
-    busy_bytes = sum(
-        r.footprint_bytes
-        for r in agent.replicas.values()
-        if r.is_suspended or (r.state in DEVICE_STATES and not is_idle(state, r))
-    )
-    return busy_bytes / agent.budget_bytes if agent.budget_bytes else 1.0
+    return busy_bytes(state, agent) / agent.budget_bytes if agent.budget_bytes else 1.0
+
+
+def busy_bytes(state: ClusterState, agent: Agent) -> int:
+    busy = [r for r in agent.device.values() if r.in_flight or _is_wanted_here(state, r)]
+    return sum(r.footprint_bytes for r in (*busy, *agent.suspended.values()))
+
+
+def _is_wanted_here(state: ClusterState, replica: Replica) -> bool:
+    """Somebody waits for its model, which is on so few GPUs that it may well be served here."""
+    model = replica.model
+    return model in state.waiting and len(state.index.of(model).device) <= FEW
+
+
+def room_bytes(state: ClusterState, agent: Agent) -> int:
+    """What a newcomer could have here without hurting anybody."""
+    return agent.budget_bytes - busy_bytes(state, agent) - agent.planned_bytes
+
+
+def candidates(state: ClusterState, turn: Turn) -> list[Agent]:
+    """The GPUs to look at for ``turn``: all of few; of many, those with the most room, those where
+    some of the model is left, and the few that have its host image, where it is only few.
+    """
+    usable = state.index.usable
+    spec = state.deployments.get(turn.model)
+    allowed = spec.gpus if spec else ()
+    if turn.gpu or allowed:
+        named = (turn.gpu,) if turn.gpu else allowed
+        return [usable[gpu] for gpu in named if gpu in usable and (not allowed or gpu in allowed)]
+    if len(usable) <= MOST_GPUS:
+        return list(usable.values())
+    places = state.index.of(turn.model)
+    chosen = dict.fromkeys(islice(places.cached, MOST_GPUS))
+    if len(places.host) <= MOST_GPUS:
+        chosen.update(dict.fromkeys(places.host))
+    chosen.update(dict.fromkeys(gpu for _, gpu in islice(state.index.rooms, MOST_GPUS)))
+    return [usable[gpu] for gpu in chosen if gpu in usable]
 
 
 def place(
     state: ClusterState, turn: Turn, claims: Claims, now: float, closed: Collection[str] = ()
 ) -> Placement | None:
-    """Where the model of ``turn`` goes; None if nothing can be done for it now.
+    """Where the model of ``turn`` goes; None if nothing can be done for it now."""
+    best = choose(state, weigh(state, turn, claims, now, closed))
+    return best.placement if best else None
+
+
+def choose(state: ClusterState, options: list[Option]) -> Option | None:
+    """The best of them: see `weigh`."""
+    if state.config.placement == "memory":
+        return min(options, key=lambda option: option.by_memory, default=None)
+    return min(options, key=lambda option: option.by_load, default=None)
+
+
+def weigh(
+    state: ClusterState, turn: Turn, claims: Claims, now: float, closed: Collection[str] = ()
+) -> list[Option]:
+    """What could be done for the model of ``turn``, one option at most for each GPU.
 
     Suspended requests can go on only where they are, so their GPU is the one to look at. Else, of
-    all usable agents where the model is registered and no larger than the device, take the one
-    with the lowest number here; among equals the one with the least `pressure`, then the
-    fewest bytes evicted, then the fewest to copy, then the most free bytes:
+    the usable agents where the model is registered and no larger than the device, take the one
+    with the lowest number here, 1 to 3 being as good as each other; among equals the cheapest
+    (`Option.cost_s`), then the lowest number, the fewest bytes evicted, the fewest to copy, and the
+    most free bytes:
 
     1. host image there, and free bytes that nobody ahead claims: swap in.
     2. host image there, and with the bytes on their way out it fits: wait for them.
     3. host image there, and idle victims make room: evict them.
     4. no host image, but the room is there or idle victims would make it: load.
-    5. host image there, overdue, and busy victims that had their quantum make room: evict. They
-       are preempted: their requests are suspended, and wait for their own turn. Those of a
-       deployment that must not be interrupted are drained.
+    5. host image there, and busy victims make room that can spare the time, or that had their
+       quantum if the turn has waited for very long: evict. They are preempted: their requests are
+       suspended, and wait for their own turn. Those of a deployment that must not be interrupted
+       are drained.
     6. no host image, and no room in sight: load, so that it is ready when there is.
     7. host image there, overdue: claim.
     8. no host image, and host memory is full of images of models on the device or with suspended
@@ -143,37 +213,48 @@ def place(
 
     4, 6 and 8 only while it is not being loaded anywhere, 6 and 8 only if it has no host image
     at all, and 4 and 6 only where host memory has room or images that may be dropped. Nothing
-    is loaded where another waiting model's load still runs.
+    is loaded where another waiting model's load still runs. Where nobody waits (another replica
+    of a model that is served, a pinned one) 1 to 3 only: it is not worth hurting anybody.
     """
-    replicas = state.usable_replicas(turn.model)
-    may_load = not any(r.state == "loading" for r in replicas)
-    has_image = any(r.state == "host" for r in replicas)
+    places = state.index.of(turn.model)
+    may_load = not any(r.agent.is_usable for r in places.loading.values())
+    has_image = any(r.agent.is_usable for r in places.host.values())
     overdue = is_overdue(state, turn, now)
-    options: list[_Option] = []
-    for replica in replicas:
-        agent = state.agents[replica.gpu]
-        if turn.gpu not in ("", agent.gpu) or not can_host(agent, replica, now):
+    options: list[Option] = []
+    for agent in candidates(state, turn):
+        replica = agent.replicas.get(turn.model)
+        if replica is None or not can_host(agent, replica, now):
             continue
         free = agent.free_bytes
         is_closed = agent.gpu in closed and not turn.gpu
         claimed = agent.budget_bytes if is_closed else claims.get(agent.gpu, 0)
+        claimed += agent.planned_bytes
         deficit = replica.footprint_bytes + claimed - free - agent.leaving_bytes
         idle = idle_victims(state, agent, now)
-        victims = choose_victims(idle, deficit)
+        rivals_there = rivals(state, replica)
+        victims = _choose(idle, rivals_there, deficit)
         action: Action
         if replica.state == "host":
-            if deficit <= 0 and free >= replica.footprint_bytes:
+            if deficit <= 0 and free >= replica.footprint_bytes and not rivals_there:
                 rank, action = 1, "swap_in"
-            elif deficit <= 0:
+            elif deficit <= 0 and all(
+                r.state in ("draining", "swapping_out") for r in rivals_there
+            ):
                 rank, action = 2, "wait"
             elif victims is not None:
                 rank, action = 3, "evict"
-            elif not overdue:
+            elif turn.is_extra:
                 continue
             else:
-                victims = choose_victims([*idle, *busy_victims(state, agent, now)], deficit)
-                rank, action = (5, "evict") if victims is not None else (7, "claim")
-        elif may_load and not is_loading_for_waiters(state, agent):
+                busy = _preemptible(state, agent, replica, turn, now)
+                victims = _choose([*idle, *busy], rivals_there, deficit) if busy else None
+                if victims is not None:
+                    rank, action = 5, "evict"
+                elif overdue:
+                    rank, action = 7, "claim"
+                else:
+                    continue
+        elif may_load and not turn.is_extra and not is_loading_for_waiters(state, agent):
             if has_image and victims is None:
                 continue
             shortage = host_memory.shortage(state, agent, replica)
@@ -194,16 +275,79 @@ def place(
         leaving = (victims or ()) if action in ("evict", "make_room") else ()
         leaving = tuple(r for r in leaving if r.state == "resident")  # the rest is let in first
         options.append(
-            _Option(
+            Option(
                 rank=rank,
                 placement=Placement(agent.gpu, action, tuple(r.model for r in leaving)),
-                pressure=pressure(state, agent),
+                cost_s=_cost_s(state, agent, replica, victims or (), now),
                 victim_bytes=sum(r.device_bytes for r in victims or ()),
                 missing_bytes=replica.weight_bytes - replica.cached_bytes,
                 free_bytes=free,
+                victims_used_at=max((r.last_used for r in victims or ()), default=0.0),
             )
         )
-    return min(options, key=lambda option: option.order).placement if options else None
+    return options
+
+
+def _preemptible(
+    state: ClusterState, agent: Agent, newcomer: Replica, turn: Turn, now: float
+) -> list[Replica]:
+    """Busy replicas that may be preempted for ``turn``, the first to leave first."""
+    config = state.config
+    waited_s = now - turn.since
+    if config.preemption == "off":
+        return []
+    if waited_s < config.preempt_after_s and now + _HURRY * newcomer.swap_in_s < turn.due_at:
+        return []
+    if waited_s > max(config.starvation_s, _PATIENCE * newcomer.swap_in_s):
+        return busy_victims(state, agent, now)
+    return slack_victims(state, agent, newcomer, now)
+
+
+def rivals(state: ClusterState, newcomer: Replica) -> list[Replica]:
+    """Those on the device that must not be there at the same time as ``newcomer``."""
+    spec = state.deployments.get(newcomer.model)
+    if spec is None or not spec.exclusive_group:
+        return []
+    return [
+        r
+        for r in newcomer.agent.device.values()
+        if r is not newcomer and state.group(r.model) == spec.exclusive_group
+    ]
+
+
+def _choose(
+    able: list[Replica], must_go: list[Replica], deficit: int
+) -> tuple[Replica, ...] | None:
+    """Of those that are ``able`` to leave: all that ``must_go``, and who else is needed."""
+    if not must_go:
+        return choose_victims(able, deficit)
+    staying = [r for r in must_go if r.state not in LEAVING_STATES]
+    if any(r not in able for r in staying):
+        return None
+    rest = [r for r in able if r not in staying]
+    more = choose_victims(rest, deficit - sum(r.device_bytes for r in staying))
+    return None if more is None else (*staying, *more)
+
+
+def _cost_s(
+    state: ClusterState,
+    agent: Agent,
+    newcomer: Replica,
+    victims: Collection[Replica],
+    now: float,
+) -> float:
+    cost_s = arrival_s(state, agent, now) + newcomer.swap_in_s
+    cost_s += _PRESSURE_S * pressure(state, agent)
+    cost_s += _ROW_S * sum(r.in_flight for r in agent.device.values())
+    largest = state.index.largest_bytes  # rooms that are large enough for it are kept whole
+    if newcomer.footprint_bytes < largest:
+        room = room_bytes(state, agent)
+        if room >= largest > room - newcomer.footprint_bytes:
+            cost_s += agent.link.swap_in_s(largest)
+    for victim in victims:
+        idle_s = max(now - victim.last_used, 0.0) if state.is_idle(victim) else 0.0
+        cost_s += victim.swap_in_s * _RETURN_S / (_RETURN_S + idle_s)
+    return cost_s
 
 
 def choose_preload(state: ClusterState, agent: Agent, now: float) -> Replica | None:
@@ -212,12 +356,14 @@ def choose_preload(state: ClusterState, agent: Agent, now: float) -> Replica | N
     Only what fits into host memory, so that it never drops another image. A model whose load
     failed is loaded again also without ``preload``: while it looks failed nobody would ask for it.
     """
-    if any(r.state == "loading" for r in agent.replicas.values()):
+    if agent.loading or not agent.cold:
         return None
     for model, spec in state.deployments.items():
-        replica = agent.replicas.get(model)
-        if replica is None or replica.state != "cold" or not can_host(agent, replica, now):
+        replica = agent.cold.get(model)
+        if replica is None or not can_host(agent, replica, now):
             continue
-        if (spec.preload or replica.is_broken) and host_memory.fits_unasked(agent, replica):
+        if (spec.preload or spec.pinned or replica.is_broken) and host_memory.fits_unasked(
+            agent, replica
+        ):
             return replica
     return None

@@ -63,8 +63,10 @@ def absorb_status(agent: Agent, status: AgentStatus, config: PolicyConfig, now: 
     agent.worker_pid = status.worker_pid
     if status.worker_pid:  # without its worker the agent knows no budget, and reports none
         agent.budget_bytes = status.budget_bytes
-    agent.host_budget_bytes = status.host_budget_bytes
-    agent.host_used_bytes = status.host_used_bytes
+    host = (status.host_budget_bytes, status.host_used_bytes)
+    if host != (agent.host_budget_bytes, agent.host_used_bytes):
+        agent.host_budget_bytes, agent.host_used_bytes = host
+        agent.index.changed.preloads[agent.gpu] = None
     agent.seen_at = now
     reported = {theirs.model: theirs for theirs in status.replicas}
     for model in dict.fromkeys([*agent.replicas, *reported]):
@@ -87,8 +89,9 @@ def absorb_status(agent: Agent, status: AgentStatus, config: PolicyConfig, now: 
 
 def retire_instance(agent: Agent, now: float) -> None:
     """The agent process is gone for good, and all it held with it."""
-    if agent.instance:
-        agent.past_instances.append(agent.instance)
+    if not agent.instance:
+        return
+    agent.past_instances.append(agent.instance)
     agent.instance = ""
     agent.is_alive = False
     for replica in agent.replicas.values():
@@ -118,6 +121,7 @@ def adopt(replica: Replica, theirs: ReplicaStatus, now: float, why: str) -> None
     replica.last_kind = None
     replica.believe_at = None
     replica.resident_since = now
+    replica.slack_s, replica.slack_at = 0.0, now
     if was != "host":  # else requests that are suspended wait as long as we knew
         replica.host_since = now
     if theirs.state == "failed" and replica.failure is None:
@@ -238,4 +242,4 @@ def _forgive(replica: Replica, done: CommandKind) -> None:
     elif done == "load":
         # Only a request can show whether it swaps in now, and requests come to what looks
         # well. The count stays, so that the retries keep getting rarer.
-        failure.is_visible = False
+        replica.hide_failure()

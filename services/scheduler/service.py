@@ -6,18 +6,29 @@
                                                                 `- HS_MODELS: what users are told
 
 Everything `decide` is told goes through that one queue, so the order in which it was told
-is the order in which it decided. A leader that can not renew its lease in time steps down and
-stands by again: whoever leads next, under a higher epoch, begins from an empty state and
-learns it from heartbeats and the queue. A defect in `decide` ends the process, with the story
-in the log; the supervisor's next start begins afresh.
+is the order in which it decided. What waits there is decided in one go, without giving way in
+between but to send commands; nothing is done per input that grows with the number of models.
+
+A leader that can not renew its lease in time steps down and stands by again. Whoever leads
+next, under a higher epoch, begins from an empty state and asks for all of it at once:
+
+1. it listens, and then says that it leads: agents turn away older leaders from then on, and
+   answer with their statuses;
+2. when those that hold a lease have answered, it asks for the queue's depths.
+
+A defect in `decide` ends the process, with the story in the log; the supervisor's next start
+begins afresh.
 """
 
 import asyncio
+import contextlib
+import functools
 import logging
-import os
 import time
 from collections import deque
+from collections.abc import Awaitable, Callable
 from datetime import datetime
+from typing import TypeVar
 
 import msgspec
 
@@ -31,85 +42,67 @@ from services.bus import (
     BusError,
     BusOptions,
     Entry,
-    Lease,
     LeaseLost,
-    Message,
     WorkQueue,
     Writer,
     declare,
 )
-from services.bus.connection import Hook, RawMessage
+from services.bus.connection import Hook, header_of
 from services.jobs import unless_set, until_first_ends
 from services.scheduler.decide import decide
 from services.scheduler.inputs import AgentLost, Demand, DeploymentAdded, Input, QueueDepths, Tick
+from services.scheduler.leadership import Leadership
 from services.scheduler.spans import SwitchSpans
 from services.scheduler.state import ClusterState, PolicyConfig
 from services.settings import Settings
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 TICK_S = 0.2
-STANDBY_POLL_S = 0.05
-_STANDBY_RETRY_S = 0.5  # where the server does not answer
+STATUS_PATIENCE_S = 0.25  # for the agents' answers to a new leader
+_RETRY_S = 0.5  # where the server does not answer
+_TURN_S = 0.02  # inputs are decided in one go for so long; then others have their turn
 _NUM_REMEMBERED = 50  # inputs, for the story when `decide` fails
 
 
 async def run(settings: Settings, options: BusOptions, *, stop: asyncio.Event) -> None:
     """Stand by, lead, stand by again where the lease is lost, until ``stop`` is set."""
-    bus = await unless_set(stop, Bus.connect(options, service="scheduler"))
-    if bus is None:
-        return
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        # The lease has a connection of its own: answers about it must not wait behind news.
+        buses: list[Bus] = []
+        for service in ("scheduler", "scheduler-lease"):
+            bus = await unless_set(stop, Bus.connect(options, service=service))
+            if bus is None:
+                return
+            stack.push_async_callback(bus.close)
+            buses.append(bus)
+        bus, lease_bus = buses
         await unless_set(stop, declare(bus, settings.api.max_queued_per_model))
         while not stop.is_set():
-            # A holder of its own each time, or a lease we lost would look like ours.
-            holder = os.urandom(6).hex()
-            lease = Lease(bus, names.LEADER_KEY, holder, settings.scheduler.lease_ttl_s)
-            renewed_at = await unless_set(stop, _acquire(lease))
-            if renewed_at is None:
-                break
+            leadership = Leadership(lease_bus, settings.scheduler.lease_ttl_s)
+            await unless_set(stop, leadership.acquire())
             try:
-                await _lead(bus, settings, lease, renewed_at, stop)
+                if leadership.is_held:
+                    await _lead(bus, settings, leadership, stop)
             except LeaseLost as error:
                 log.error("stepping down: %s", error)
             finally:
-                if bus.is_connected:
-                    await lease.release()
-    finally:
-        await bus.close()
+                await leadership.give_up()
 
 
-async def _acquire(lease: Lease) -> float:
-    """Wait until the lease is ours; returns since when at least (by the monotonic clock)."""
-    told = False
-    while True:
-        asked_at = time.monotonic()
-        try:
-            if await lease.try_acquire():
-                return asked_at
-        except BusError as error:
-            log.warning("standing by: %s", error)
-            await asyncio.sleep(_STANDBY_RETRY_S)
-        if not told:
-            log.info("standing by: another scheduler leads, or led until just now")
-            told = True
-        await asyncio.sleep(STANDBY_POLL_S)
-
-
-async def _lead(
-    bus: Bus, settings: Settings, lease: Lease, renewed_at: float, stop: asyncio.Event
-) -> None:
+async def _lead(bus: Bus, settings: Settings, leadership: Leadership, stop: asyncio.Event) -> None:
     """Lead until ``stop`` is set. Raises LeaseLost."""
-    log.info("leading, epoch %d", lease.epoch)
-    leader = Leader(bus, settings, lease.epoch)
-    elected = LeaderElected(lease.holder, lease.epoch, time.time())
+    log.info("leading, epoch %d", leadership.epoch)
+    leader = Leader(bus, settings, leadership)
     try:
-        await bus.publish(names.event_subject(kind_of(elected)), elected)
         await until_first_ends(
             stop.wait(),
-            _renew(lease, renewed_at),
+            leadership.keep(),
             leader.run(),
             leader.tick(),
+            leader.learn(),
             leader.reconcile(),
             *(writer.run() for writer in leader.writers),
         )
@@ -117,68 +110,74 @@ async def _lead(
         await leader.close()
 
 
-async def _renew(lease: Lease, renewed_at: float) -> None:
-    """Renew for ever. Raises LeaseLost as soon as somebody else may have the lease."""
-    valid_until = renewed_at + lease.ttl_s
-    while True:
-        await asyncio.sleep(lease.ttl_s / 4)
-        asked_at = time.monotonic()
-        try:
-            await asyncio.wait_for(lease.renew(), valid_until - asked_at)
-            valid_until = asked_at + lease.ttl_s
-        except LeaseLost:
-            raise
-        except (BusError, TimeoutError) as error:
-            if time.monotonic() >= valid_until:
-                raise LeaseLost(
-                    f"lease {lease.key} could not be renewed for {lease.ttl_s} s"
-                ) from error
-            log.warning("lease not renewed yet: %s", error)
-
-
 class Leader:
-    """Owns the cluster state. Handlers only put inputs into the queue; `run` decides."""
+    """Owns the cluster state. Listeners only put inputs into the queue; `run` decides."""
 
-    def __init__(self, bus: Bus, settings: Settings, epoch: int) -> None:
+    def __init__(self, bus: Bus, settings: Settings, leadership: Leadership) -> None:
+        knobs = settings.scheduler
         config = PolicyConfig(
-            run_quantum_s=settings.scheduler.run_quantum_s,
-            retry_s=settings.scheduler.retry_failed_s,
+            run_quantum_s=knobs.run_quantum_s,
+            ttft_target_s=knobs.ttft_target_s,
+            token_target_s=knobs.token_target_s,
+            starvation_s=knobs.starvation_s,
+            preemption=knobs.preemption,
+            replicate=knobs.replicate,
+            retry_s=knobs.retry_failed_s,
         )
-        self.state = ClusterState(epoch, config)
+        self.state = ClusterState(leadership.epoch, config)
+        self._leadership = leadership
         self._bus = bus
         self._settings = settings
-        self._inputs: asyncio.Queue[Input] = asyncio.Queue()
+        self._inputs: deque[Input] = deque()
+        self._has_inputs = asyncio.Event()
         self._spans = SwitchSpans()
-        self._models = Writer(Bucket(bus, names.BUCKET_MODELS, DeploymentRecord))
-        self._placement = Writer(Bucket(bus, names.BUCKET_PLACEMENT, PlacementRecord))
+        self._models = self._writer(names.BUCKET_MODELS, DeploymentRecord)
+        self._placement = self._writer(names.BUCKET_PLACEMENT, PlacementRecord)
         self._published: dict[str, DeploymentRecord] = {}
+        self._to_publish: dict[str, None] = {}  # models whose record may have changed
+        self._records_known = False  # what earlier leaders wrote
         self._created_at = int(time.time())
+        self._unheard: set[str] = set()  # GPUs whose agents hold a lease and have not spoken yet
+        self._heard: set[str] = set()
+        self._agents_answered = asyncio.Event()
         self._undo: list[Hook] = []  # of what we listen to
         self._lately: deque[tuple[float, Input]] = deque(maxlen=_NUM_REMEMBERED)
+
+    def _writer(self, bucket: str, kind: type[T]) -> Writer[T]:
+        return Writer(Bucket(self._bus, bucket, kind), lambda: self._leadership.is_held)
 
     @property
     def writers(self) -> tuple[Writer[DeploymentRecord], Writer[PlacementRecord]]:
         return self._models, self._placement
 
     async def run(self) -> None:
-        """Listen, and decide for ever."""
-        await self._forget_removed_models()
+        """Listen, say that we lead, and decide for ever. Raises LeaseLost."""
         for spec in self._settings.model_specs():
-            self._inputs.put_nowait(DeploymentAdded(spec))
-        bus, leases = self._bus, Bucket(self._bus, names.BUCKET_LEASES, LeaseRecord)
-        undo = self._undo.append
-        undo(await bus.subscribe_raw(names.demand_subject(), self._on_demand))
-        undo(await bus.subscribe(f"{names.PREFIX}.events.>", Event, self._on_event))
-        undo(await bus.subscribe(names.status_subject(), AgentStatus, self._on_status))
-        undo(await leases.watch(self._on_lease))
+            self._tell(DeploymentAdded(spec))
+        bus, undo = self._bus, self._undo.append
+        undo(await bus.listen(names.demand_subject(), self._on_demand))
+        undo(await bus.listen(f"{names.PREFIX}.events.>", self._on_event))
+        undo(await bus.listen(names.status_subject(), self._on_status))
+        leadership = self._leadership
+        await self._announce(LeaderElected(leadership.holder, leadership.epoch, time.time()))
         while True:
-            event = await self._inputs.get()
+            await self._has_inputs.wait()
+            self._has_inputs.clear()
+            while self._inputs:
+                await self._decide_in_one_go()
+                await asyncio.sleep(0)
+
+    async def _decide_in_one_go(self) -> None:
+        inputs, remember, observe = self._inputs, self._lately.append, self._spans.observe
+        began_at = now = time.time()
+        while inputs and now - began_at < _TURN_S:
+            event = inputs.popleft()
             now = time.time()
-            self._lately.append((now, event))
+            remember((now, event))
             for command in self._decide(event, now):
                 await self._execute(command, now)
-            self._spans.observe(event, now)
-            await self._publish_deployments(now)
+            observe(event, now)
+        await self._publish_deployments(now)
 
     async def close(self) -> None:
         """Listen no more: the next leader in this process has a state of its own."""
@@ -206,47 +205,88 @@ class Leader:
     async def tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            self._inputs.put_nowait(Tick())
+            self._tell(Tick())
+
+    async def learn(self) -> None:
+        """What earlier leaders wrote, and which agents there are; from then on, which are lost."""
+        bucket = Bucket(self._bus, names.BUCKET_LEASES, LeaseRecord)
+        self._undo.append(await _patiently(lambda: bucket.watch(self._on_lease)))
+        self._unheard -= self._heard
+        if not self._unheard:
+            self._agents_answered.set()
+        await _patiently(self._forget_removed_models)
+        self._records_known = True
+        await self._publish_deployments(time.time())
+        await asyncio.Event().wait()  # until we are cancelled
 
     async def reconcile(self) -> None:
         """Compare the demand we believe in with what the queue really holds, for ever."""
         queue = WorkQueue(self._bus)
+        # Without them, what they have in flight would count as waiting.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._agents_answered.wait(), STATUS_PATIENCE_S)
         while True:
             try:
                 depths, at = await queue.depths()
-                self._inputs.put_nowait(QueueDepths(depths, at))
+                self._tell(QueueDepths(depths, at))
             except BusError as error:
                 log.warning("queue depths unknown: %s", error)
             await asyncio.sleep(self._settings.scheduler.reconcile_s)
 
     # -- in ------------------------------------------------------------------------------
 
-    async def _on_event(self, message: Message[Event]) -> None:
-        self._inputs.put_nowait(message.body)
+    def _tell(self, event: Input) -> None:
+        self._inputs.append(event)
+        self._has_inputs.set()
 
-    async def _on_demand(self, raw: RawMessage) -> None:
-        _, _, _, klass, token = raw.subject.split(".")
-        stamp = raw.headers.get("Nats-Time-Stamp")
-        demand = Demand(
-            request_id=raw.headers.get("Nats-Msg-Id", raw.headers.get("Nats-Sequence", "")),
-            model=names.unescape(token),
-            klass="batch" if klass == "batch" else "interactive",
-            at=datetime.fromisoformat(stamp).timestamp() if stamp else time.time(),
+    def _on_event(self, subject: str, data: bytes, headers: bytes) -> None:
+        try:
+            self._tell(_event_decoder.decode(data))
+        except msgspec.DecodeError as error:
+            log.error("dropped a message on %s: %s", subject, error)
+
+    def _on_demand(self, subject: str, data: bytes, headers: bytes) -> None:
+        _, _, _, klass, token = subject.split(".")
+        stamp = header_of(headers, b"Nats-Time-Stamp")
+        request_id = header_of(headers, b"Nats-Msg-Id") or header_of(headers, b"Nats-Sequence")
+        self._spans.remember(request_id, headers)
+        self._tell(
+            Demand(
+                request_id=request_id,
+                model=_unescape(token),
+                klass="batch" if klass == "batch" else "interactive",
+                at=datetime.fromisoformat(stamp).timestamp() if stamp else time.time(),
+            )
         )
-        self._spans.remember(demand.request_id, raw.headers)
-        self._inputs.put_nowait(demand)
 
-    async def _on_status(self, message: Message[AgentStatus]) -> None:
-        self._inputs.put_nowait(message.body)
+    def _on_status(self, subject: str, data: bytes, headers: bytes) -> None:
+        try:
+            status = _status_decoder.decode(data)
+        except msgspec.DecodeError as error:
+            log.error("dropped a message on %s: %s", subject, error)
+            return
+        self._tell(status)
+        if not self._agents_answered.is_set():
+            self._heard.add(status.gpu)
+            if self._unheard and self._unheard <= self._heard:
+                self._agents_answered.set()
 
     async def _on_lease(self, entry: Entry[LeaseRecord]) -> None:
         kind, _, token = entry.key.partition(".")
-        if kind == "agent" and entry.value is None:
-            self._inputs.put_nowait(AgentLost(names.unescape(token)))
+        if kind != "agent":
+            return
+        gpu = names.unescape(token)
+        if entry.value is None:
+            self._unheard.discard(gpu)
+            self._tell(AgentLost(gpu))
+        elif not self._agents_answered.is_set():
+            self._unheard.add(gpu)
 
     # -- out -----------------------------------------------------------------------------
 
     async def _execute(self, command: Command, now: float) -> None:
+        if not self._leadership.is_held:  # we may have been stopped for a while
+            raise LeaseLost("the lease was not renewed in time")
         kind = type(command).__name__
         log.info(
             "%s %s on %s (generation %d)", kind, command.model, command.gpu, command.generation
@@ -266,19 +306,25 @@ class Leader:
         self._placement.put(names.replica_key(command.gpu, command.model), record)
 
     async def _publish_deployments(self, now: float) -> None:
-        """Write every deployment whose record changed, and tell of those that failed."""
-        for name, spec in self.state.deployments.items():
+        """Write the deployments whose record has changed, and tell of those that failed."""
+        self._to_publish.update(dict.fromkeys(self.state.take_touched()))
+        if not self._records_known:
+            return
+        changed, self._to_publish = self._to_publish, {}
+        for name in changed:
             view = self.state.deployment_view(name)
+            spec = self.state.deployments[name]
             record = DeploymentRecord(spec, view.status, view.reason, view.facts, self._created_at)
             if self._published.get(name) != record:
                 self._published[name] = record
                 self._models.put(names.escape(name), record)
                 if record.status == "failed":
-                    await self._tell(DeploymentFailed(name, now, record.reason))
+                    await self._announce(DeploymentFailed(name, now, record.reason))
 
-    async def _tell(self, event: DeploymentFailed) -> None:
+    async def _announce(self, event: LeaderElected | DeploymentFailed) -> None:
+        model = event.model if isinstance(event, DeploymentFailed) else ""
         try:
-            await self._bus.publish(names.event_subject(kind_of(event), model=event.model), event)
+            await self._bus.publish(names.event_subject(kind_of(event), model=model), event)
         except BusError as error:
             log.error("lost the event %s: %s", event, error)
 
@@ -290,3 +336,18 @@ class Leader:
                 await bucket.delete(key)
             else:
                 self._created_at = min(self._created_at, record.created_at or self._created_at)
+
+
+_event_decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
+_status_decoder = msgspec.json.Decoder(AgentStatus)
+_unescape = functools.lru_cache(maxsize=16_384)(names.unescape)
+
+
+async def _patiently(ask: Callable[[], Awaitable[T]]) -> T:
+    """The answer to ``ask``, asked again for as long as the server gives none."""
+    while True:
+        try:
+            return await ask()
+        except (BusError, TimeoutError) as error:
+            log.warning("%s; trying again", error)
+            await asyncio.sleep(_RETRY_S)

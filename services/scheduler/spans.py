@@ -6,11 +6,10 @@ spans hang below this one, because commands carry its context.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from opentelemetry import propagate, trace
-from opentelemetry.context import Context
 
 from schemas.commands import Command, Register, SwapOut
 from schemas.events import (
@@ -21,9 +20,11 @@ from schemas.events import (
     SwapInCompleted,
 )
 from services import telemetry
+from services.bus.connection import headers_of
 from services.scheduler.inputs import Input
 
 _MOST_REMEMBERED = 50_000
+_TRACE_HEADER = b"\r\ntraceparent:"
 _MOST_OPEN = 1_000  # spans of waiters whose end nobody told us must not pile up
 
 
@@ -31,15 +32,18 @@ class SwitchSpans:
     """Open spans by request id. ``remember`` every demand, ``observe`` every input."""
 
     def __init__(self) -> None:
-        self._contexts: OrderedDict[str, Context] = OrderedDict()
+        # The headers as they came: few requests need a switch, and reading them takes longer
+        # than all else that is done for a demand.
+        self._headers: OrderedDict[str, bytes] = OrderedDict()
         # request id -> (the model it waits for, as far as known, and its span)
         self._open: OrderedDict[str, tuple[str, trace.Span]] = OrderedDict()
 
-    def remember(self, request_id: str, headers: Mapping[str, str]) -> None:
-        """The trace context that came with a demand."""
-        self._contexts[request_id] = propagate.extract(headers)
-        while len(self._contexts) > _MOST_REMEMBERED:
-            self._contexts.popitem(last=False)
+    def remember(self, request_id: str, headers: bytes) -> None:
+        """The trace context that came with a demand, if any: its header block."""
+        if _TRACE_HEADER in headers:
+            self._headers[request_id] = headers
+            if len(self._headers) > _MOST_REMEMBERED:
+                self._headers.popitem(last=False)
 
     @contextmanager
     def around(self, command: Command, now: float) -> Iterator[None]:
@@ -49,10 +53,10 @@ class SwitchSpans:
             yield
             return
         if request_id not in self._open:
-            context = self._contexts.get(request_id)
+            headers = headers_of(self._headers.get(request_id, b""))
             span = telemetry.tracer.start_span(
                 telemetry.SPAN_SWITCH,
-                context=context,
+                context=propagate.extract(headers),
                 start_time=telemetry.nanoseconds(now),
                 attributes={
                     telemetry.ATTR_REQUEST: request_id,
@@ -78,9 +82,9 @@ class SwitchSpans:
             case CommandFailed():
                 self._end_model(event.model, now, event.reason)
             case RequestStarted():  # while its model arrives, as a rule
-                self._contexts.pop(event.request_id, None)
+                self._headers.pop(event.request_id, None)
             case RequestEnded() | RequestWithdrawn():
-                self._contexts.pop(event.request_id, None)
+                self._headers.pop(event.request_id, None)
                 if event.request_id in self._open:
                     self._end(event.request_id, now)
             case _:

@@ -11,24 +11,46 @@ Only `decide` writes to it. Dicts keep insertion order, which is the order of de
 """
 
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import msgspec
 
 from schemas.names import RequestClass
 from schemas.state import ModelFacts, ModelSpec
-from services.scheduler.replica import Agent, Replica, replica_faults
+from services.scheduler import invariants
+from services.scheduler.estimates import Tempo
+from services.scheduler.index import Index
+from services.scheduler.replica import Agent, Replica
+from services.scheduler.turns import Line
 
 MIB = 2**20
 NUM_GONE_REQUESTS = 4096
 
 
 class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The policy's knobs. ``_s``: seconds."""
+    """The policy's knobs. ``_s``: seconds.
+
+    ``eviction``: which idle model leaves, see `services.scheduler.eviction`. ``placement``: where
+    the least is running and arriving ("load"), or only where the most memory is free
+    ("memory"). ``order``: the one due first first, or first come first served. ``preemption``:
+    busy models give way while their requests are ahead of their target ("slack"), or never do.
+    """
 
     run_quantum_s: float = 1.0  # a busy replica may be preempted after this long in memory,
     preempt_factor: float = 4.0  # and after so many times what its last swap-in took
+    ttft_target_s: float = 2.0  # of interactive requests whose deployment names none
+    batch_ttft_target_s: float = 60.0
+    token_target_s: float = 0.1
+    starvation_s: float = 3.0  # who waited this long goes first, and may preempt without slack
+    preempt_after_s: float = 0.2  # who waited less than this, and is in no hurry, preempts nobody
+    guard_factor: float = 2.5  # no preemption where two swaps take more than so many quanta
+    eviction: Literal["value", "lru", "gdsf", "belady"] = "value"
+    placement: Literal["load", "memory"] = "load"
+    order: Literal["deadline", "arrival"] = "deadline"
+    preemption: Literal["slack", "off"] = "slack"
+    replicate: bool = True  # another replica of a model that is served, but too slowly,
+    crowd: int = 8  # where each has so many requests
     retry_s: float = 10.0  # first retry of a failed replica; doubles with each failure
     retry_max_s: float = 300.0
     command_timeout_s: float = 60.0  # an unanswered command is sent again
@@ -50,16 +72,11 @@ class Waiter(msgspec.Struct, frozen=True):
     at: float  # unix seconds, when it entered the queue
 
 
-def line_order(waiter: Waiter) -> tuple[float, str]:
-    """Earliest first; the id breaks ties so that replays agree."""
-    return (waiter.at, waiter.request_id)
-
-
 class WaitingLine:
-    """The waiters of one model, earliest first.
+    """The waiters of one model, the one due first first.
 
-    ``decided_at``: when the first command for the earliest one's switch was given (unix
-    seconds); before that, whatever was decided for those before it.
+    ``decided_at``: when the first command for the first one's switch was given (unix seconds);
+    before that, whatever was decided for those before it.
     """
 
     __slots__ = ("_by_id", "_ordered", "decided_at")
@@ -67,33 +84,49 @@ class WaitingLine:
     def __init__(self) -> None:
         self.decided_at = 0.0
         self._by_id: dict[str, Waiter] = {}
-        self._ordered: list[Waiter] = []
+        self._ordered: list[tuple[float, float, str]] = []  # (due at, at, id)
 
     def __len__(self) -> int:
         return len(self._ordered)
 
     def __iter__(self) -> Iterator[Waiter]:
-        return iter(self._ordered)
+        return (self._by_id[request_id] for _, _, request_id in self._ordered)
 
     @property
     def earliest(self) -> Waiter:
+        """The one due first."""
+        return self._by_id[self._ordered[0][2]]
+
+    @property
+    def order(self) -> tuple[float, float, str]:
+        """Where its first waiter comes among those of other models; ties broken for replays."""
         return self._ordered[0]
 
-    def add(self, waiter: Waiter) -> None:
+    @property
+    def due_at(self) -> float:
+        return self._ordered[0][0]
+
+    def add(self, waiter: Waiter, due_at: float) -> None:
         """Take a place in line; an id that is already there keeps the place it has."""
         if waiter.request_id not in self._by_id:
             self._by_id[waiter.request_id] = waiter
-            insort(self._ordered, waiter, key=line_order)
+            insort(self._ordered, (due_at, waiter.at, waiter.request_id))
 
     def note_decision(self, now: float) -> None:
-        """A command is given now for the earliest waiter; only its first one counts."""
+        """A command is given now for the first waiter; only its first one counts."""
         if self.decided_at < self.earliest.at:
             self.decided_at = max(now, self.earliest.at)  # the two clocks may differ
 
-    def remove(self, request_id: str) -> None:
-        waiter = self._by_id.pop(request_id, None)
-        if waiter is not None:
-            self._ordered.remove(waiter)
+    def remove(self, request_id: str) -> bool:
+        """Whether it was in line."""
+        if self._by_id.pop(request_id, None) is None:
+            return False
+        at = next(i for i, (_, _, waits) in enumerate(self._ordered) if waits == request_id)
+        del self._ordered[at]
+        return True
+
+    def is_sorted(self) -> bool:
+        return self._ordered == sorted(self._ordered)
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -102,6 +135,30 @@ class Plan(msgspec.Struct, frozen=True):
     model: str
     gpu: str
     request_id: str  # the waiter it was made for; empty: suspended requests
+
+
+class Holds:
+    """What models ahead in line keep those behind from taking, until the whole line is looked at
+    again: bytes of a GPU that they claim, and GPUs that are closed for them.
+    """
+
+    def __init__(self) -> None:
+        self.claims: dict[str, int] = {}  # gpu -> bytes
+        self.closed: dict[str, None] = {}  # GPUs
+        self.models: dict[str, None] = {}  # that hold something
+
+    def claim(self, model: str, gpu: str, num_bytes: int) -> None:
+        self.claims[gpu] = self.claims.get(gpu, 0) + num_bytes
+        self.models[model] = None
+
+    def close(self, model: str, gpu: str) -> None:
+        self.closed[gpu] = None
+        self.models[model] = None
+
+    def clear(self) -> None:
+        self.claims.clear()
+        self.closed.clear()
+        self.models.clear()
 
 
 class DeploymentView(msgspec.Struct, frozen=True):
@@ -121,33 +178,37 @@ class ClusterState:
         self.agents: dict[str, Agent] = {}
         self.deployments: dict[str, ModelSpec] = {}
         self.waiting: dict[str, WaitingLine] = {}
-        self.plans: dict[str, Plan] = {}
+        self.plans: dict[str, Plan] = {}  # changed by `add_plan` and `drop_plan`
+        self.index = Index()
+        self.line = Line()
+        self.holds = Holds()
+        self.tempos: dict[str, Tempo] = {}  # how fast models write
+        self.with_ttl: dict[str, float] = {}  # models that leave after so many idle seconds
+        self.inflation = 0.0  # what the last victim was worth, where an eviction policy counts that
+        # When a model is wanted next (model, now -> unix seconds): known to simulations only.
+        self.next_use: Callable[[str, float], float] | None = None
         self.gone: dict[str, float] = {}  # requests lately started or withdrawn -> when
         self.num_recovered = 0  # waiters made up by a reconcile so far
 
     def agent(self, gpu: str) -> Agent:
         """The agent of ``gpu``, made (not alive, no budget) if it was unknown."""
         if gpu not in self.agents:
-            self.agents[gpu] = Agent(gpu)
+            self.agents[gpu] = Agent(gpu, self.index)
         return self.agents[gpu]
+
+    def tempo(self, model: str) -> Tempo:
+        if model not in self.tempos:
+            self.tempos[model] = Tempo()
+        return self.tempos[model]
 
     # -- queries ---------------------------------------------------------------------------
 
     def usable_agents(self) -> list[Agent]:
         return [agent for agent in self.agents.values() if agent.is_usable]
 
-    def usable_replicas(self, model: str) -> list[Replica]:
-        agents = self.usable_agents()
-        return [agent.replicas[model] for agent in agents if model in agent.replicas]
-
     def suspended_replicas(self) -> list[Replica]:
         """Those whose suspended requests wait for their next swap-in."""
-        return [
-            replica
-            for agent in self.usable_agents()
-            for replica in agent.replicas.values()
-            if replica.is_suspended
-        ]
+        return [replica for agent in self.usable_agents() for replica in agent.suspended.values()]
 
     def find_replica(self, gpu: str, model: str) -> Replica | None:
         agent = self.agents.get(gpu)
@@ -155,7 +216,54 @@ class ClusterState:
 
     def num_in_flight(self, model: str) -> int:
         """Requests of ``model`` that live agents have, running or suspended."""
-        return sum(r.in_flight for r in self.usable_replicas(model))
+        places = self.index.of(model)
+        held = [*places.device.values(), *places.suspended.values()]
+        return sum(r.in_flight for r in held if r.agent.is_usable)
+
+    def priority(self, model: str) -> int:
+        spec = self.deployments.get(model)
+        return spec.priority if spec else 0
+
+    def is_pinned(self, model: str) -> bool:
+        """Brought in unasked, and never swapped out for another model."""
+        spec = self.deployments.get(model)
+        return spec is not None and spec.pinned
+
+    def group(self, model: str) -> str:
+        """Of the models of one group one at most is on a GPU; empty: no group."""
+        spec = self.deployments.get(model)
+        return spec.exclusive_group if spec else ""
+
+    def ttft_target_s(self, model: str, klass: RequestClass) -> float:
+        """Time to first token that is aimed at."""
+        spec = self.deployments.get(model)
+        target_s = spec.ttft_target_s if spec else None
+        if klass == "batch":
+            return max(self.config.batch_ttft_target_s, target_s or 0.0)
+        return target_s or self.config.ttft_target_s
+
+    def token_target_s(self, model: str) -> float:
+        """Time per output token that is aimed at."""
+        spec = self.deployments.get(model)
+        return (spec.token_target_s if spec else None) or self.config.token_target_s
+
+    def slack_s(self, replica: Replica, now: float) -> float:
+        """What the requests of ``replica`` are ahead of their target, on average (seconds)."""
+        passed_s = now - replica.slack_at
+        if replica.is_suspended:
+            return replica.slack_s - passed_s
+        rate = self.tempo(replica.model).slack_per_s(self.token_target_s(replica.model))
+        return replica.slack_s + passed_s * rate
+
+    def is_idle(self, replica: Replica) -> bool:
+        """Nobody runs on it, is suspended there, or waits for its model."""
+        return replica.in_flight == 0 and replica.model not in self.waiting
+
+    def take_touched(self) -> list[str]:
+        """Models whose `deployment_view` may have changed since this was asked last."""
+        touched = [m for m in self.index.changed.views if m in self.deployments]
+        self.index.changed.views.clear()
+        return touched
 
     def deployment_view(self, model: str) -> DeploymentView:
         """Whether ``model`` can serve, and if not, why, in words for the user.
@@ -164,11 +272,9 @@ class ClusterState:
         """
         if model not in self.deployments:
             raise KeyError(f"no deployment {model!r}; there are: {', '.join(self.deployments)}")
-        known = [a.replicas[model] for a in self.agents.values() if model in a.replicas]
-        facts = next((r.facts for r in known if r.facts), None)
         agents = self.usable_agents()
         if not agents:
-            return DeploymentView("pending", "no GPU agent is up", facts)
+            return DeploymentView("pending", "no GPU agent is up", self._known_facts(model))
         reasons: list[str] = []
         largest = max(agent.budget_bytes for agent in agents)
         for agent in agents:
@@ -182,8 +288,14 @@ class ClusterState:
             else:
                 reasons.append(_too_large(replica.facts, largest))
         if len(reasons) < len(agents):
-            return DeploymentView("pending", "a GPU agent is reading the model's files", facts)
-        return DeploymentView("failed", "; ".join(dict.fromkeys(reasons)), facts)
+            words = "a GPU agent is reading the model's files"
+            return DeploymentView("pending", words, self._known_facts(model))
+        words = "; ".join(dict.fromkeys(reasons))
+        return DeploymentView("failed", words, self._known_facts(model))
+
+    def _known_facts(self, model: str) -> ModelFacts | None:
+        known = [a.replicas[model] for a in self.agents.values() if model in a.replicas]
+        return next((r.facts for r in known if r.facts), None)
 
     # -- waiters ---------------------------------------------------------------------------
 
@@ -193,7 +305,14 @@ class ClusterState:
             return
         if waiter.at <= self.gone.get(waiter.request_id, float("-inf")):
             return  # the event that ended its wait overtook the demand
-        self.waiting.setdefault(waiter.model, WaitingLine()).add(waiter)
+        due_at = waiter.at
+        if self.config.order == "deadline":
+            due_at += self.ttft_target_s(waiter.model, waiter.klass)
+        line = self.waiting.get(waiter.model)
+        if line is None:
+            line = self.waiting[waiter.model] = WaitingLine()
+        line.add(waiter, due_at)
+        self.index.waiting_changed(waiter.model)
 
     def remove_waiter(self, model: str, request_id: str, at: float) -> None:
         """It was started or withdrawn at ``at``; remembered for a demand that comes late."""
@@ -205,10 +324,10 @@ class ClusterState:
 
     def drop_waiter(self, model: str, request_id: str) -> None:
         line = self.waiting.get(model)
-        if line is not None:
-            line.remove(request_id)
+        if line is not None and line.remove(request_id):
             if not line:
                 del self.waiting[model]
+            self.index.waiting_changed(model)
 
     def match_depths(self, depths: dict[str, int], at: float) -> None:
         """Make each line as long as the queue was at ``at``, less what agents have in flight.
@@ -229,31 +348,21 @@ class ClusterState:
                 self.num_recovered += 1
                 self.add_waiter(Waiter(f"recovered-{self.num_recovered}", model, "interactive", at))
 
-    # -- invariants ------------------------------------------------------------------------
+    # -- plans -----------------------------------------------------------------------------
+
+    def add_plan(self, plan: Plan) -> None:
+        self.plans[plan.model] = plan
+        self.agents[plan.gpu].planned[plan.model] = None
+        self.index.changed.agents[plan.gpu] = None
+
+    def drop_plan(self, model: str) -> None:
+        plan = self.plans.pop(model)
+        self.agents[plan.gpu].planned.pop(model, None)
+        self.index.changed.agents[plan.gpu] = None
 
     def validate(self) -> None:
         """Raise `InvariantViolation` unless all that must hold, holds."""
-        wrong: list[str] = []
-        for agent in self.agents.values():
-            if agent.reserved_bytes > agent.budget_bytes:
-                held = {r.model: r.device_bytes for r in agent.replicas.values() if r.device_bytes}
-                wrong.append(f"{agent.gpu}: {held} exceeds budget of {agent.budget_bytes} bytes")
-            for model, replica in agent.replicas.items():
-                wrong += replica_faults(agent.gpu, model, replica)
-        for model, line in self.waiting.items():
-            if model not in self.deployments:
-                wrong.append(f"waiters for {model!r}, which is not deployed")
-            if not line:
-                wrong.append(f"an empty line is kept for {model!r}")
-            if [line_order(w) for w in line] != sorted(line_order(w) for w in line):
-                wrong.append(f"line of {model!r} is out of order")
-        for model, plan in self.plans.items():
-            if plan.model != model or plan.gpu not in self.agents:
-                wrong.append(f"plan for {model!r} is {plan}")
-            pinned = [r.gpu for r in self.suspended_replicas() if r.model == model]
-            if pinned and plan.gpu not in pinned:
-                wrong.append(f"{plan}, but {model!r} has suspended requests on {pinned}")
-        if wrong:
+        if wrong := invariants.faults(self):
             raise InvariantViolation("; ".join(wrong))
 
 

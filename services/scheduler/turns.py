@@ -10,73 +10,215 @@ A replica with suspended requests has a turn of its own until it is on the devic
 there. It waits since it was swapped out, or as long as its model's earliest waiter where nobody
 else serves that one. A model without suspended requests has one turn for all its waiters, unless
 some replica serves them.
+
+Each turn is *due* at some time: waiters when their first token should be out, suspended requests
+when they have used up what they were ahead of their target. The line is ordered by that::
+
+     long waiting         still in time           late
+    | oldest first | the one due first first | oldest first |      within one priority
+      > starvation_s        due > now
+
+Those in time go before those that are late anyway, but nobody waits for ever.
 """
 
-import msgspec
+import math
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, TypeAlias
 
-from services.scheduler.state import ClusterState
+import msgspec
+from sortedcontainers import SortedDict, SortedKeyList
+
+from services.scheduler.replica import Replica
+
+if TYPE_CHECKING:
+    from services.scheduler.state import ClusterState
+
+_Key: TypeAlias = tuple[float, float, str, str, str]
 
 
 class Turn(msgspec.Struct, frozen=True):
     """One place in the line. ``gpu``: the only one that will do; empty: any.
 
-    ``request_id``: the earliest waiter; empty where only suspended requests wait.
+    ``request_id``: the waiter due first; empty where only suspended requests wait. Times are unix
+    seconds.
     """
 
     model: str
     gpu: str
-    since: float  # unix seconds
+    since: float
     request_id: str
+    due_at: float = 0.0
+    priority: int = 0
+    # Nobody waits: another replica of a model that is served, but too slowly, or a pinned one.
+    is_extra: bool = False
 
     @property
-    def order(self) -> tuple[float, str, str, str]:
-        """Earliest first; the names break ties so that replays agree."""
-        return (self.since, self.request_id, self.model, self.gpu)
+    def order(self) -> _Key:
+        """The one due first first; the rest breaks ties so that replays agree."""
+        return (self.due_at, self.since, self.request_id, self.model, self.gpu)
 
 
-def line(state: ClusterState) -> list[Turn]:
-    """All turns, the earliest first."""
-    models = dict.fromkeys([*state.waiting, *(r.model for r in state.suspended_replicas())])
-    return sorted((turn for model in models for turn in turns_of(state, model)), key=_order)
+class Line:
+    """All turns in order. `refresh` files those of models whose waiters or replicas changed."""
+
+    def __init__(self) -> None:
+        self._turns: dict[str, list[Turn]] = {}  # by model
+        self._levels: SortedDict[int, SortedKeyList[tuple[_Key, Turn], _Key]] = (
+            SortedDict()
+        )  # -priority
+
+    def __len__(self) -> int:
+        return sum(len(level) for level in self._levels.values())
+
+    def __bool__(self) -> bool:
+        return bool(self._turns)
+
+    def of(self, model: str) -> list[Turn]:
+        return self._turns.get(model, [])
+
+    def refresh(self, state: "ClusterState") -> tuple[list[str], bool]:
+        """File anew what changed. The models that have turns among those that did, and whether
+        another has none any more: it is in nobody's way now.
+        """
+        changed = state.index.changed.turns
+        if not changed:
+            return [], False
+        models = list(changed)
+        changed.clear()
+        num_before = len(self._turns)
+        with_turns = []
+        for model in models:
+            had = model in self._turns
+            turns = turns_of(state, model)
+            if had or turns:
+                self._file(model, turns)
+            if turns:
+                with_turns.append(model)
+                num_before += not had
+        return with_turns, len(self._turns) < num_before
+
+    def _file(self, model: str, turns: list[Turn]) -> None:
+        was = self._turns.pop(model, None)
+        if was == turns:
+            self._turns[model] = turns
+            return
+        for turn in was or ():
+            level = self._levels[-turn.priority]
+            level.remove((turn.order, turn))
+            if not level:
+                del self._levels[-turn.priority]
+        if turns:
+            self._turns[model] = turns
+        for turn in turns:
+            if -turn.priority not in self._levels:
+                self._levels[-turn.priority] = SortedKeyList(key=_order)
+            self._levels[-turn.priority].add((turn.order, turn))
+
+    def in_order(self, now: float, starvation_s: float, most: int) -> Iterator[Turn]:
+        """Whose turn it is at ``now``; of long lines ``most`` of each part."""
+        for level in list(self._levels.values()):
+            late = list(islice(level.irange_key(None, _at(now)), most))
+            oldest = sorted(late, key=_since)
+            starving = [turn for _, turn in oldest if now - turn.since > starvation_s]
+            yield from starving
+            yield from [turn for _, turn in islice(level.irange_key(_at(now), None), most)]
+            yield from [turn for _, turn in oldest[len(starving) :]]
+
+    def everything(self) -> list[Turn]:
+        return [turn for level in self._levels.values() for _, turn in level]
 
 
-def turns_of(state: ClusterState, model: str) -> list[Turn]:
-    """The turns of ``model``, the earliest first: none where nobody waits, or all are served."""
-    replicas = state.usable_replicas(model)
-    waiters = None if any(r.serves for r in replicas) else state.waiting.get(model)
-    first = waiters.earliest if waiters else None
-    request_id = first.request_id if first else ""
-    turns = [
-        Turn(model, r.gpu, min(r.host_since, first.at) if first else r.host_since, request_id)
-        for r in replicas
-        if r.is_suspended
-    ]
-    if first and not turns:
-        turns = [Turn(model, "", first.at, request_id)]
-    return sorted(turns, key=_order)
+def _order(filed: tuple[_Key, Turn]) -> _Key:
+    return filed[0]
 
 
-def turn_at(state: ClusterState, model: str, gpu: str) -> Turn | None:
+def _at(now: float) -> _Key:
+    return (now, 0.0, "", "", "")
+
+
+def _since(filed: tuple[_Key, Turn]) -> tuple[float, _Key]:
+    return (filed[1].since, filed[0])
+
+
+def line(state: "ClusterState") -> list[Turn]:
+    """All turns by priority, the one due first first, from a look at everything."""
+    suspended = [replica.model for replica in state.suspended_replicas()]
+    models = dict.fromkeys([*state.waiting, *suspended, *state.deployments])
+    turns = [turn for model in models for turn in turns_of(state, model)]
+    return sorted(turns, key=lambda turn: (-turn.priority, turn.order))
+
+
+def turns_of(state: "ClusterState", model: str) -> list[Turn]:
+    """The turns of ``model``, the one due first first: none where nobody waits unserved."""
+    waiters = state.waiting.get(model)
+    places = state.index.places.get(model)
+    if places is None:
+        return []
+    suspended = [r for r in places.suspended.values() if r.agent.is_usable]
+    serving = any(_serving(state, model))
+    if serving and not suspended:
+        return [_extra(state, model)] if _is_too_slow(state, model) else []
+    priority = state.priority(model)
+    if waiters is None and not suspended:
+        # Last of all in its priority: it hurts nobody.
+        is_wanted = state.is_pinned(model) and places.host
+        return [Turn(model, "", 0.0, "", math.inf, priority, is_extra=True)] if is_wanted else []
+    first = waiters if not serving else None
+    turns = []
+    for replica in suspended:
+        since, due_at = replica.host_since, replica.slack_at + replica.slack_s
+        if first:
+            since, due_at = min(since, first.earliest.at), min(due_at, first.due_at)
+        request_id = first.earliest.request_id if first else ""
+        turns.append(Turn(model, replica.gpu, since, request_id, due_at, priority))
+    if first and not suspended:
+        turns.append(
+            Turn(model, "", first.earliest.at, first.earliest.request_id, first.due_at, priority)
+        )
+    return sorted(turns, key=lambda turn: turn.order)
+
+
+def _is_too_slow(state: "ClusterState", model: str) -> bool:
+    """More requests come than its replicas can begin with in time."""
+    config, tempo = state.config, state.tempos.get(model)
+    if not config.replicate or tempo is None:
+        return False
+    if tempo.first_s <= state.ttft_target_s(model, "interactive") / 4:
+        return False
+    return all(r.in_flight >= config.crowd for r in _serving(state, model))
+
+
+def _serving(state: "ClusterState", model: str) -> Iterator[Replica]:
+    places = state.index.of(model)
+    return (r for r in places.device.values() if r.serves and r.agent.is_usable)
+
+
+def _extra(state: "ClusterState", model: str) -> Turn:
+    since = max(r.resident_since for r in _serving(state, model))
+    return Turn(model, "", since, "", since, state.priority(model), is_extra=True)
+
+
+def turn_at(state: "ClusterState", model: str, gpu: str) -> Turn | None:
     """The turn that ``model`` can take on ``gpu``, if it has one."""
     return next((turn for turn in turns_of(state, model) if turn.gpu in ("", gpu)), None)
 
 
-def note_decision(state: ClusterState, turn: Turn, now: float) -> None:
+def note_decision(state: "ClusterState", turn: Turn, now: float) -> None:
     """A command is given now for ``turn``; only its first one counts."""
     if not turn.gpu:
-        state.waiting[turn.model].note_decision(now)
+        if not turn.is_extra:
+            state.waiting[turn.model].note_decision(now)
         return
     replica = state.agents[turn.gpu].replicas[turn.model]
     if replica.decided_at < turn.since:
         replica.decided_at = max(now, turn.since)  # the two clocks may differ
 
 
-def decided_at(state: ClusterState, turn: Turn) -> float:
+def decided_at(state: "ClusterState", turn: Turn) -> float:
     """When the first command for ``turn`` was given (unix seconds), as far as noted."""
+    if turn.is_extra:
+        return 0.0
     if not turn.gpu:
         return state.waiting[turn.model].decided_at
     return state.agents[turn.gpu].replicas[turn.model].decided_at
-
-
-def _order(turn: Turn) -> tuple[float, str, str, str]:
-    return turn.order

@@ -1,35 +1,36 @@
 """Who leaves the device so that another model may come in: pure choices.
 
-    idle    nobody runs there or waits for it          leaves at once
-    busy    it had its quantum, the other is overdue   preempted: its requests are suspended
+    idle    nobody runs there or waits for it                   leaves at once
+    busy    it had its quantum, and its requests are so far     preempted: its requests are
+            ahead of their target that they can be kept         suspended
+            waiting for the newcomer's turn; or the newcomer
+            has waited so long that it must come in
 
-A deployment that must not be interrupted is drained instead: it leaves when its requests ended.
+A deployment that must not be interrupted is drained instead: it leaves when its requests ended. A
+pinned one does not leave at all.
 """
 
 from collections.abc import Callable, Collection, Sequence
 
+from services.scheduler import eviction
 from services.scheduler.replica import Agent, Replica
 from services.scheduler.state import ClusterState
 
 
-def _can_leave(replica: Replica, now: float) -> bool:
+def _can_leave(state: ClusterState, replica: Replica, now: float) -> bool:
     """Resident and free to be commanded; one that failed to leave is left alone for a while."""
     return (
         replica.state == "resident"
         and replica.is_settled
         and (replica.failure is None or replica.failure.retry_at <= now)
+        and not state.is_pinned(replica.model)
     )
 
 
-def is_idle(state: ClusterState, replica: Replica) -> bool:
-    """Nobody runs on it, is suspended there, or waits for its model."""
-    return replica.in_flight == 0 and replica.model not in state.waiting
-
-
 def idle_victims(state: ClusterState, agent: Agent, now: float) -> list[Replica]:
-    """Idle residents, least recently used first."""
-    idle = [r for r in agent.replicas.values() if _can_leave(r, now) and is_idle(state, r)]
-    return sorted(idle, key=lambda r: r.last_used)
+    """Idle residents, the first to leave first (`services.scheduler.eviction`)."""
+    idle = [r for r in agent.device.values() if state.is_idle(r) and _can_leave(state, r, now)]
+    return eviction.in_order(state, idle, now) if len(idle) > 1 else idle
 
 
 def quantum_s(state: ClusterState, replica: Replica) -> float:
@@ -45,12 +46,41 @@ def busy_victims(state: ClusterState, agent: Agent, now: float) -> list[Replica]
     """Busy residents that had their run quantum, least recently swapped in first."""
     busy = [
         r
-        for r in agent.replicas.values()
-        if _can_leave(r, now)
-        and not is_idle(state, r)
+        for r in agent.device.values()
+        if not state.is_idle(r)
         and now - r.resident_since >= quantum_s(state, r)
+        and _can_leave(state, r, now)
     ]
     return sorted(busy, key=lambda r: r.resident_since)
+
+
+def slack_victims(
+    state: ClusterState, agent: Agent, newcomer: Replica, now: float
+) -> list[Replica]:
+    """Of `busy_victims` those that can spare the time of one turn of ``newcomer``: two swaps and a
+    run quantum. The most slack first. None where swaps are slow for a quantum, or the link is busy.
+    """
+    config = state.config
+    in_s = arrival_s(state, agent, now) + newcomer.swap_in_s
+    able = []
+    for replica in busy_victims(state, agent, now):
+        swaps_s = in_s + replica.swap_in_s
+        if swaps_s > config.guard_factor * config.run_quantum_s:
+            continue
+        slack_s = state.slack_s(replica, now)
+        if slack_s >= swaps_s + config.run_quantum_s:
+            able.append((-slack_s, replica.model, replica))
+    return [replica for _, _, replica in sorted(able)]
+
+
+def arrival_s(state: ClusterState, agent: Agent, now: float) -> float:
+    """How long the link into ``agent`` is still busy with swap-ins, by what they should take."""
+    left_s = 0.0
+    for replica in agent.device.values():
+        if replica.state == "swapping_in":
+            begun_at = replica.pending.sent_at if replica.pending else now
+            left_s += max(0.0, begun_at + replica.swap_in_s - now)
+    return left_s
 
 
 def may_preempt(state: ClusterState, replica: Replica) -> bool:
@@ -68,7 +98,7 @@ def drains_to_cut_short(
     """
     return [
         r
-        for r in agent.replicas.values()
+        for r in agent.device.values()
         if agent.gpu not in closed
         and r.state == "draining"
         and r.in_flight

@@ -298,3 +298,8 @@ async def test_stop_without_a_server(cluster: Cluster) -> None:
     await waiting
     assert time.monotonic() - began < 5
     cluster.nats.start()
+
+    async def are_connected() -> bool:
+        return all(bus.is_connected for bus in (cluster.admin, cluster.api, cluster.gpu.bus))
+
+    await eventually(are_connected, "the others to be connected again")

@@ -12,6 +12,7 @@ from schemas.events import (
     LoadProgressed,
     ModelLoaded,
     ModelRegistered,
+    RequestEnded,
     RequestStarted,
     RequestWithdrawn,
     SwapInCompleted,
@@ -21,6 +22,7 @@ from schemas.events import (
 from schemas.state import (
     SwapTrace,
 )
+from schemas.stream import RequestTiming
 from services.scheduler.inputs import (
     AgentLost,
     Demand,
@@ -237,3 +239,13 @@ def test_validate_names_what_is_wrong() -> None:
     story.state.agents[GPU].budget_bytes = 1
     with pytest.raises(InvariantViolation, match=r"gpu0: .* exceeds budget of 1 bytes"):
         story.state.validate()
+
+
+def test_a_crowd_that_shrinks_asks_for_no_other_replica() -> None:
+    story = running(on("a", "resident", 60, in_flight=11))
+    timing = RequestTiming(prefill_s=1.5, decode_s=1.0)
+    for number in range(3):
+        story.tell(RequestEnded(GPU, "a", f"r{number}", story.now, "stop", 9, 9, timing))
+    assert [turn.is_extra for turn in story.state.line.of("a")] == [True]
+    story.tell(RequestEnded(GPU, "a", "r3", story.now, "stop", 9, 9, timing))  # and validated
+    assert not story.state.line

@@ -36,7 +36,8 @@ def test_suspended_requests_come_back_though_nobody_is_in_the_queue() -> None:
     assert story.swapped_in("a", 3) == []
     assert story.replica("a").in_flight == 2
     assert story.tick(0.9) == []
-    assert story.tick(0.2) == [SwapOut(GPU, "a", EPOCH, 4, preempt=True)]
+    assert story.tick(0.2) == []  # they waited 1.6 s: not ahead of their target yet
+    assert story.tick(1.6) == [SwapOut(GPU, "a", EPOCH, 4, preempt=True)]
 
 
 def test_they_come_back_at_once_where_the_other_is_done() -> None:
@@ -99,8 +100,8 @@ def test_a_slow_swap_in_buys_a_longer_stay() -> None:
     story = preempted()
     story.tick(1.1)
     story.swapped_out("b", 3, 1)
-    story.swapped_in("a", 3, swap_s=2.0)
-    assert story.tick(7.9) == []
+    story.swapped_in("a", 3, swap_s=1.2)
+    assert story.tick(4.7) == []
     assert story.tick(0.2) == [SwapOut(GPU, "a", EPOCH, 4, preempt=True)]
 
 
@@ -220,9 +221,9 @@ def test_an_image_that_was_dropped_gives_them_back_to_the_queue() -> None:
 
 def test_a_plan_for_suspended_requests_is_for_their_gpu() -> None:
     story = preempted()
-    story.state.plans["a"] = Plan("a", GPU, "")
+    story.state.add_plan(Plan("a", GPU, ""))
     story.state.validate()
     story.status(gpu="gpu1")
-    story.state.plans["a"] = Plan("a", "gpu1", "")
+    story.state.add_plan(Plan("a", "gpu1", ""))
     with pytest.raises(InvariantViolation, match="has suspended requests on"):
         story.state.validate()

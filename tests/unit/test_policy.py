@@ -1,8 +1,19 @@
 """Choices: who has to leave, where a model goes, who comes next. Sizes in bytes, times in s."""
 
+from typing import Literal
+
 import pytest
 
-from schemas.state import AgentStatus, ModelFacts, ModelSpec, ReplicaState, ReplicaStatus
+from schemas.state import (
+    AgentStatus,
+    ModelFacts,
+    ModelSpec,
+    ReplicaState,
+    ReplicaStatus,
+    SwapTrace,
+)
+from services.scheduler.decide import decide
+from services.scheduler.inputs import Tick
 from services.scheduler.policy import (
     Placement,
     choose_preload,
@@ -10,7 +21,7 @@ from services.scheduler.policy import (
 )
 from services.scheduler.reconcile import absorb_status
 from services.scheduler.replica import Agent, Replica
-from services.scheduler.state import ClusterState, Waiter
+from services.scheduler.state import ClusterState, Plan, PolicyConfig, Waiter
 from services.scheduler.turns import Turn, line, turns_of
 from services.scheduler.victims import busy_victims, choose_victims
 
@@ -22,7 +33,7 @@ def facts(size: int) -> ModelFacts:
 
 
 def resident(model: str, size: int) -> Replica:
-    replica = Replica("gpu0", model)
+    replica = Replica(Agent("gpu0"), model)
     replica.facts = facts(size)
     replica.life.adopt("resident", 0.0, "test")
     return replica
@@ -31,8 +42,8 @@ def resident(model: str, size: int) -> Replica:
 class Scene:
     """A cluster as its agents' first statuses tell it."""
 
-    def __init__(self) -> None:
-        self.state = ClusterState(epoch=1)
+    def __init__(self, config: PolicyConfig | None = None) -> None:
+        self.state = ClusterState(1, config)
 
     def gpu(self, name: str, budget: int, /, **replicas: tuple[ReplicaState, int, int]) -> Agent:
         """``model=(state, size, in_flight)``; swapped in long ago, in the order given."""
@@ -112,14 +123,59 @@ def test_2_bytes_on_their_way_out_save_a_victim() -> None:
     assert scene.place("b") == Placement("gpu0", "wait")
 
 
-def test_3_the_least_recently_used_idle_model_leaves() -> None:
+def test_3_the_idle_model_whose_bytes_are_worth_least_leaves() -> None:
     scene = Scene()
-    scene.gpu("gpu0", 20, a=("resident", 9, 1), c=("resident", 5, 0), d=("resident", 6, 0),
-              b=("host", 5, 0))  # fmt: skip
+    agent = scene.gpu("gpu0", 20, a=("resident", 9, 1), c=("resident", 5, 0), d=("resident", 5, 0),
+                      b=("host", 5, 0))  # fmt: skip
     scene.waits("b")
     assert scene.place("b") == Placement("gpu0", "evict", ("c",))
-    scene.state.agents["gpu0"].replicas["c"].last_used = 50.0
+    agent.replicas["c"].last_used = 50.0  # equal sizes: the least recently used
     assert scene.place("b") == Placement("gpu0", "evict", ("d",))
+    agent.replicas["c"].facts = facts(6)  # 6 x 50 byte seconds against 5 x 98
+    assert scene.place("b") == Placement("gpu0", "evict", ("d",))
+    agent.replicas["d"].last_used = 45.0  # 5 x 55
+    assert scene.place("b") == Placement("gpu0", "evict", ("c",))
+
+
+@pytest.mark.parametrize(("eviction", "first"), [("lru", "c"), ("gdsf", "d"), ("belady", "e")])
+def test_other_eviction_policies(eviction: Literal["lru", "gdsf", "belady"], first: str) -> None:
+    scene = Scene(PolicyConfig(eviction=eviction))
+    agent = scene.gpu("gpu0", 15, c=("resident", 5, 0), d=("resident", 5, 0), e=("resident", 5, 0),
+                      b=("host", 5, 0))  # fmt: skip
+    for model, worth in (("c", 2.0), ("d", 1.0), ("e", 3.0)):
+        agent.replicas[model].worth = worth
+    scene.state.next_use = lambda model, now: {"c": 5.0, "d": 6.0, "e": 7.0}[model] + now
+    scene.waits("b")
+    assert scene.place("b") == Placement("gpu0", "evict", (first,))
+
+
+def test_placement_by_memory_evicts_who_was_used_longest_ago_anywhere() -> None:
+    scene = Scene(PolicyConfig(placement="memory"))
+    for gpu, used in (("gpu0", 50.0), ("gpu1", 40.0)):
+        agent = scene.gpu(gpu, 20, a=("resident", 10, int(gpu == "gpu1")), c=("resident", 10, 0),
+                          b=("host", 5, 0))  # fmt: skip
+        agent.replicas["a"].last_used = agent.replicas["c"].last_used = used
+    scene.waits("b")
+    assert scene.place("b") == Placement("gpu1", "evict", ("c",))  # though it is pressed
+
+
+def test_rooms_for_the_largest_model_are_kept_whole() -> None:
+    scene = Scene()
+    for gpu, size, in_flight in (("gpu0", 8, 0), ("gpu1", 12, 1)):
+        scene.gpu(gpu, 38, a=("host", 10, 0), z=("host", 30, 0), c=("resident", size, in_flight))
+        scene.state.agents[gpu].link.note(SwapTrace(0.0, total_s=1.0, copy_s=1.0, num_bytes=30))
+    scene.waits("a")
+    assert scene.place("a") == Placement("gpu1", "swap_in")
+
+
+def test_of_many_gpus_those_with_most_room_are_looked_at() -> None:
+    scene = Scene(PolicyConfig(agent_silent_s=1000.0))
+    for number in range(40):
+        in_flight = int(number != 33)
+        scene.gpu(f"gpu{number:02}", 10, a=("resident", 8, in_flight), b=("host", 8, 0))
+    scene.waits("b", NOW)
+    decide(scene.state, Tick(), NOW)
+    assert scene.state.plans == {"b": Plan("b", "gpu33", f"b@{NOW}")}
 
 
 def test_3_a_model_with_waiters_is_not_idle_nor_is_one_that_comes_in() -> None:
@@ -138,15 +194,49 @@ def test_4_load_where_there_is_room_rather_than_wait_for_a_busy_gpu() -> None:
     assert scene.place("b") == Placement("gpu1", "load")
 
 
-def test_5_busy_models_leave_only_for_the_overdue() -> None:
+def test_5_busy_models_leave_if_they_can_spare_the_time() -> None:
     scene = Scene()
-    scene.gpu("gpu0", 10, a=("resident", 5, 1), c=("resident", 5, 1), b=("host", 5, 0))
-    scene.waits("b", NOW - 0.9)
-    assert scene.place("b") is None
-    scene.waits("b", NOW - 1.1)
-    assert scene.place("b") == Placement("gpu0", "evict", ("a",))
-    scene.state.agents["gpu0"].replicas["a"].resident_since = NOW - 0.5
+    agent = scene.gpu("gpu0", 10, a=("resident", 5, 1), c=("resident", 5, 1), b=("host", 5, 0))
+    a, c = agent.replicas["a"], agent.replicas["c"]
+    a.slack_at, c.slack_at = NOW - 4.0, NOW - 3.0
+    scene.waits("b", NOW - 0.1)
+    assert scene.place("b") is None  # one of them may be done before it is due
+    scene.waits("b", NOW - 0.3)
+    assert scene.place("b") == Placement("gpu0", "evict", ("a",))  # the most slack
+    a.resident_since = NOW - 0.5
     assert scene.place("b") == Placement("gpu0", "evict", ("c",))
+    c.slack_at = NOW - 0.9  # less than a turn of b takes
+    assert scene.place("b") is None
+    scene.waits("b", NOW - 3.1)  # long enough
+    assert scene.place("b") == Placement("gpu0", "evict", ("c",))
+
+
+def test_5_how_much_they_can_spare_is_told_by_their_tempo() -> None:
+    scene = Scene()
+    agent = scene.gpu("gpu0", 10, a=("resident", 8, 1), b=("host", 8, 0))
+    agent.replicas["a"].slack_at = NOW - 2.0
+    scene.waits("b", NOW - 0.5)
+    scene.state.tempo("a").note(0.1, decode_s=0.9, num_tokens=10)  # the target is 0.1 s per token
+    assert scene.state.slack_s(agent.replicas["a"], NOW) == pytest.approx(2.0 * 0.1 / 0.9)
+    assert scene.place("b") is None
+    scene.state.tempos["a"].token_s = 0.05
+    assert scene.place("b") == Placement("gpu0", "evict", ("a",))
+
+
+@pytest.mark.parametrize(("swap_s", "preempts"), [(0.4, True), (1.2, True), (1.3, False)])
+def test_5_slow_swaps_are_not_worth_it(swap_s: float, preempts: bool) -> None:
+    scene = Scene()
+    agent = scene.gpu("gpu0", 10, a=("resident", 8, 1), b=("host", 8, 0))
+    agent.link.note(SwapTrace(0.0, total_s=swap_s))
+    scene.waits("b", NOW - 2.0)
+    assert (scene.place("b") == Placement("gpu0", "evict", ("a",))) is preempts
+
+
+def test_5_nobody_is_preempted_where_that_is_off() -> None:
+    scene = Scene(PolicyConfig(preemption="off"))
+    scene.gpu("gpu0", 10, a=("resident", 8, 1), b=("host", 8, 0))
+    scene.waits("b", NOW - 50.0)
+    assert scene.place("b") == Placement("gpu0", "claim")
 
 
 def test_6_load_before_there_is_room_one_at_a_time() -> None:
@@ -217,11 +307,12 @@ def test_suspended_requests_wait_for_the_gpu_that_has_them() -> None:
     scene = Scene()
     scene.gpu("gpu0", 10, a=("host", 8, 2), c=("resident", 8, 1))
     scene.gpu("gpu1", 10, a=("host", 8, 0))
-    scene.state.agents["gpu0"].replicas["a"].host_since = NOW - 0.5
-    assert turns_of(scene.state, "a") == [Turn("a", "gpu0", NOW - 0.5, "")]
+    a = scene.state.agents["gpu0"].replicas["a"]
+    a.host_since, a.slack_at, a.slack_s = NOW - 0.1, NOW - 0.1, 5.0
+    assert turns_of(scene.state, "a") == [Turn("a", "gpu0", NOW - 0.1, "", NOW + 4.9)]
     assert scene.place("a") is None
-    scene.waits("a", NOW - 1.1)
-    assert turns_of(scene.state, "a") == [Turn("a", "gpu0", NOW - 1.1, f"a@{NOW - 1.1}")]
+    scene.waits("a", NOW - 1.0)
+    assert turns_of(scene.state, "a") == [Turn("a", "gpu0", NOW - 1.0, f"a@{NOW - 1.0}", NOW + 1.0)]
     assert scene.place("a") == Placement("gpu0", "evict", ("c",))
 
 
@@ -231,14 +322,15 @@ def test_who_is_served_elsewhere_does_not_hasten_suspended_requests() -> None:
     scene.gpu("gpu1", 10, a=("resident", 8, 1))
     scene.state.agents["gpu0"].replicas["a"].host_since = NOW - 0.5
     scene.waits("a", NOW - 9.0)  # the batch on gpu1 is full
-    assert line(scene.state) == [Turn("a", "gpu0", NOW - 0.5, "")]
+    assert line(scene.state) == [Turn("a", "gpu0", NOW - 0.5, "", 0.0)]
 
 
 def test_each_replica_with_suspended_requests_has_a_turn() -> None:
     scene = Scene()
     for at, gpu in enumerate(("gpu0", "gpu1")):
         scene.gpu(gpu, 10, a=("host", 8, 2), b=("host", 8, 0))
-        scene.state.agents[gpu].replicas["a"].host_since = NOW - at
+        replica = scene.state.agents[gpu].replicas["a"]
+        replica.host_since, replica.slack_at, replica.slack_s = NOW - at, NOW - at, 2.0
     scene.waits("b", NOW - 0.5)
     assert [(turn.model, turn.gpu) for turn in line(scene.state)] == [
         ("a", "gpu1"),

@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas import asyncapi, names
+from schemas.state import ModelSpec
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "asyncapi.json"
 TOKEN = re.compile(r"[A-Za-z0-9_=-]+")
@@ -60,6 +62,15 @@ def test_subject_positions_do_not_move() -> None:
     assert names.event_subject("swap_in_completed", "gpu0", "a.b").count(".") == 5
     assert names.replica_key("gpu0", "a.b") == "gpu0.a=2Eb"
     assert TOKEN.fullmatch(names.consumer_name("Qwen/Qwen2.5-7B"))
+
+
+def test_a_model_without_scheduling_settings_is_as_older_services_write_it() -> None:
+    old = b'{"name":"m","source":"/m"}'
+    spec = msgspec.json.decode(old, type=ModelSpec)
+    assert spec == ModelSpec("m", "/m")
+    assert (spec.pinned, spec.gpus, spec.priority, spec.exclusive_group) == (False, (), 0, "")
+    assert (spec.ttft_target_s, spec.token_target_s, spec.ttl_s) == (None, None, 0.0)
+    assert msgspec.json.encode(ModelSpec("m", "/m")) == old
 
 
 # -- AsyncAPI ----------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 import tomllib
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from schemas.state import ModelSpec
 from services import settings
 from services.settings import (
     ApiSettings,
@@ -46,6 +48,21 @@ def parse(text: str) -> Settings:
         ('[models.a]\nsrc = "./x"', "unknown key models.a.src = './x'; did you mean 'source'?"),
         ('[models.a]\nsource = "./x"\ndtype = "int3"', "models.a.dtype = 'int3'"),
         ("[models.a]\nmax_batch = 1", "missing required field `source`"),
+        ('[models.a]\nsource = "./x"\npriority = 101', "a: priority = 101 must be from -100 to"),
+        ('[models.a]\nsource = "./x"\npriority = -101', "priority = -101 must be from -100 to 100"),
+        ('[models.a]\nsource = "./x"\nttft_target_s = 0.0', "a: ttft_target_s = 0.0 must be gr"),
+        ('[models.a]\nsource = "./x"\ntoken_target_s = -1', "a: token_target_s = -1.0 must be gr"),
+        ('[models.a]\nsource = "./x"\nttft_target_s = nan', "ttft_target_s = nan must be a fin"),
+        ('[models.a]\nsource = "./x"\nttl_s = -0.5', "models.a: ttl_s = -0.5 must not be neg"),
+        ('[models.a]\nsource = "./x"\nttl_s = inf', "models.a: ttl_s = inf must be a finite"),
+        ('[models.a]\nsource = "./x"\npinned = 1', "models.a.pinned = 1: Expected `bool`"),
+        ('[models.a]\nsource = "./x"\ngpus = "g"', "models.a.gpus = 'g': Expected `array`"),
+        ('[models.a]\nsource = "./x"\ngpus = ["g", "g"]', "gpus = ['g', 'g']: 'g' is named twice"),
+        ("[scheduler]\nttft_target_s = 0.0", "ttft_target_s = 0.0 must be greater than 0"),
+        ("[scheduler]\ntoken_target_s = nan", "token_target_s = nan must be greater than 0"),
+        ("[scheduler]\nstarvation_s = -1.0", "starvation_s = -1.0 must be greater than 0"),
+        ('[scheduler]\npreemption = "on"', "scheduler.preemption = 'on': Invalid enum"),
+        ("[scheduler]\nreplicate = 1", "scheduler.replicate = 1: Expected `bool`"),
         ("models = 3", "write each model as [models.NAME]"),
         ('[telemetry]\nlog_level = "loud"', "telemetry.log_level = 'loud'"),
     ],
@@ -55,6 +72,60 @@ def test_a_bad_value_is_named(text: str, says: str) -> None:
         parse(text)
     assert says in str(caught.value)
     assert str(caught.value).startswith("hotswap.toml: ")
+
+
+def model(name: str, *lines: str) -> str:
+    return "\n".join((f"[models.{name}]", 'source = "/x"', *lines, ""))
+
+
+TWO_GPUS = '[[gpus]]\nname = "g0"\n[[gpus]]\nname = "g1"\n'
+PINNED = ("pinned = true", 'exclusive_group = "big"')
+
+
+def test_a_model_may_use_only_gpus_that_there_are() -> None:
+    wrong = model("a", 'gpus = ["g1", "g7"]')
+    with pytest.raises(SettingsError) as caught:
+        parse(TWO_GPUS + wrong)
+    assert str(caught.value) == (
+        "hotswap.toml: models.a: gpus = ['g1', 'g7']: no [[gpus]] has the name 'g7'; "
+        "known names: g0, g1"
+    )
+    assert parse(TWO_GPUS + model("a", 'gpus = ["g1"]')).models["a"].gpus == ("g1",)
+    # What the machine has is not known yet.
+    assert parse(wrong).models["a"].gpus == ("g1", "g7")
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "gpus"),
+    [
+        (TWO_GPUS + "".join(model(n, *PINNED) for n in "abc"), "abc", "g0, g1"),
+        (TWO_GPUS + "".join(model(n, *PINNED, 'gpus = ["g1"]') for n in "ab"), "ab", "g1"),
+        ("".join(model(n, *PINNED, 'gpus = ["g5"]') for n in "ab"), "ab", "g5"),
+    ],
+    ids=["more than GPUs", "on one of two GPUs", "on one GPU of an unknown machine"],
+)
+def test_pinned_models_of_a_group_need_a_gpu_each(text: str, names: str, gpus: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse(text)
+    assert str(caught.value) == (
+        f"hotswap.toml: models: {', '.join(names)} have pinned = true and exclusive_group = 'big', "
+        f"so each needs a GPU of its own, but they may use only: {gpus}"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TWO_GPUS + model("a", *PINNED) + model("b", *PINNED),
+        TWO_GPUS + model("a", *PINNED, 'gpus = ["g0"]') + model("b", *PINNED),
+        TWO_GPUS + "".join(model(name, "pinned = true") for name in "abc"),
+        TWO_GPUS + "".join(model(name, 'exclusive_group = "big"') for name in "abc"),
+        "".join(model(name, *PINNED) for name in "abc"),
+    ],
+    ids=["a GPU each", "one is bound", "no group", "not pinned", "the machine is asked later"],
+)
+def test_groups_that_fit_are_taken(text: str) -> None:
+    parse(text)
 
 
 def test_a_file_that_can_not_be_read_is_named(tmp_path: Path) -> None:
@@ -79,7 +150,11 @@ def test_paths_are_relative_to_the_file_and_hub_ids_stay(tmp_path: Path) -> None
 
 
 def test_dump_is_read_back() -> None:
-    before = parse('[models.a]\nsource = "/x"\nmax_batch = 3\n[[gpus]]\nname = "g"')
+    before = parse(
+        '[scheduler]\npreemption = "off"\nstarvation_s = inf\n[[gpus]]\nname = "g"\n'
+        + model("a", "max_batch = 3", 'gpus = ["g"]', "ttft_target_s = 0.5", "ttl_s = 60")
+        + model("b")
+    )
     again = settings.parse(
         tomllib.loads(settings.dump(before)), origin="dump", folder=Path("/elsewhere")
     )
@@ -89,6 +164,28 @@ def test_dump_is_read_back() -> None:
 def test_model_specs_carry_every_setting() -> None:
     (spec,) = parse('[models.a]\nsource = "/x"\nmax_batch = 3\nkv_tokens = 64').model_specs()
     assert (spec.name, spec.source, spec.max_batch, spec.kv_tokens) == ("a", "/x", 3, 64)
+    (spec,) = parse(
+        model("a", "pinned = true", 'gpus = ["g1", "g0"]', "priority = -100", "ttl_s = 60")
+        + 'ttft_target_s = 0.5\ntoken_target_s = 0.05\nexclusive_group = "big"'
+    ).model_specs()
+    assert spec == ModelSpec(
+        name="a",
+        source="/x",
+        pinned=True,
+        gpus=("g1", "g0"),
+        priority=-100,
+        ttft_target_s=0.5,
+        token_target_s=0.05,
+        exclusive_group="big",
+        ttl_s=60.0,
+    )
+
+
+def test_a_model_and_its_spec_have_the_same_settings_and_defaults() -> None:
+    def defaults(kind: type[msgspec.Struct]) -> dict[str, object]:
+        return {field.name: field.default for field in msgspec.structs.fields(kind)}
+
+    assert defaults(ModelSpec) == {"name": msgspec.NODEFAULT, **defaults(ModelSettings)}
 
 
 @pytest.mark.parametrize(
@@ -117,5 +214,6 @@ def test_the_example_shows_every_key_with_its_default() -> None:
         (raw["gpus"][0], GpuSettings),
     ):
         assert set(section) == set(kind.__struct_fields__)
+    of_model = text.partition("[models.llama]")[2]  # some keys are in [scheduler], too
     for key in ModelSettings.__struct_fields__:
-        assert f"\n{key} = " in text or f"\n# {key} = " in text
+        assert f"\n{key} = " in of_model or f"\n# {key} = " in of_model

@@ -36,6 +36,13 @@ SPEC = state.ModelSpec(
     runner="embed",
     preemption="recompute",
     prefix_caching=False,
+    pinned=True,
+    gpus=("gpu0", "gpu1"),
+    priority=-7,
+    ttft_target_s=0.5,
+    token_target_s=0.0625,
+    exclusive_group="large",
+    ttl_s=600.5,
 )
 FACTS = state.ModelFacts(
     architecture="LlamaForCausalLM",

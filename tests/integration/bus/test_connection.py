@@ -18,6 +18,7 @@ from services.bus import (
     BusUnavailable,
     Message,
 )
+from services.bus.connection import header_of, headers_of
 from services.ops.nats_server import free_port
 from tests.integration.bus.kit import Box, Parties, errors, tap
 from tests.integration.nats_process import NatsServer
@@ -57,6 +58,47 @@ async def test_a_server_that_comes_up_late_is_waited_for(nats_server: NatsServer
 
 
 # -- messages -------------------------------------------------------------------------------
+
+
+async def test_listening(
+    nats_server: NatsServer, party: Parties, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The short way: headers as bytes, faults are loud, and it outlives the server."""
+    bus, other = await party("admin"), await party("admin")
+    heard: list[tuple[str, bytes, str, dict[str, str]]] = []
+
+    def listener(subject: str, data: bytes, headers: bytes) -> None:
+        if data == b"bad":
+            raise ValueError("a fault in a listener")
+        heard.append((subject, data, header_of(headers, b"Name"), headers_of(headers)))
+
+    stop = await bus.listen("t.*", listener)
+    await bus.flush()
+
+    async def say(data: bytes, headers: dict[str, str] | None = None) -> None:
+        await other.publish_raw("t.x", data, headers=headers)
+        await other.flush()
+        await bus.flush()
+
+    await say(b"1", {"Long-Name": "no", "Name": "a b: c"})
+    await say(b"bad")
+    await say(b"2")
+    assert heard == [
+        ("t.x", b"1", "a b: c", {"Long-Name": "no", "Name": "a b: c"}),
+        ("t.x", b"2", "", {}),
+    ]
+    assert any("listener failed" in line for line in errors(caplog))
+    back = [Box[bool](), Box[bool]()]
+    for one, box in zip((bus, other), back, strict=True):
+        one.on_reconnect(lambda box=box: box.put(True))  # type: ignore[misc]
+    await asyncio.to_thread(nats_server.restart)
+    for box in back:
+        await box.count(1)
+    await say(b"3")
+    assert len(heard) == 3
+    await stop()
+    await say(b"4")
+    assert len(heard) == 3
 
 
 async def test_messages_are_typed_json_and_carry_the_trace(party: Parties) -> None:

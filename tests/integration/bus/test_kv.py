@@ -6,7 +6,7 @@ import pytest
 
 from schemas import names
 from schemas.state import LeaseRecord, ResidencyRecord
-from services.bus import Bucket, Bus, Entry, JetStreamError, Lease, LeaseLost, Writer, declare
+from services.bus import Bucket, Bus, Entry, JetStreamError, Lease, LeaseLost, Writer, declare, kv
 from tests.integration.bus.kit import Box, Parties, tap
 from tests.integration.nats_process import NatsServer
 
@@ -188,6 +188,73 @@ async def test_a_lease_expires_and_is_taken_over(bus: Bus) -> None:
     assert new.epoch > old.epoch
     with pytest.raises(LeaseLost):
         await old.renew()
+
+
+class Clock:
+    """In the place of the module `time`."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+async def test_the_clock_of_whoever_waits_counts_and_the_ttl_of_the_holder(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the server's timers do: here they would take an hour."""
+    clock = Clock()
+    monkeypatch.setattr(kv, "time", clock)
+    dead, heir = Lease(bus, KEY, "dead", ttl_s=3600), Lease(bus, KEY, "heir", ttl_s=1)
+    assert await dead.try_acquire()
+    clock.now += 10
+    assert not await heir.try_acquire()
+    clock.now += 3599
+    assert dead.is_held is False  # counted from when it asked, which is earlier
+    assert not await heir.try_acquire()
+    await dead.renew()
+    clock.now += 2
+    assert not await heir.try_acquire()  # that was a sign of life
+    clock.now += 3600
+    assert await heir.try_acquire()
+    assert heir.epoch > dead.epoch
+    with pytest.raises(LeaseLost):
+        await dead.renew()
+
+
+async def test_of_many_that_wait_one_is_next(bus: Bus) -> None:
+    leases = Bucket(bus, names.BUCKET_LEASES, LeaseRecord)
+    dead = await leases.put(KEY, LeaseRecord(holder="dead", epoch=1))  # never expires
+    rivals = [Lease(bus, KEY, f"rival{n}", ttl_s=1) for n in range(3)]
+    waiting = {asyncio.create_task(rival.acquire()): rival for rival in rivals}
+    epoch = dead
+    while waiting:
+        done, _ = await asyncio.wait(waiting, timeout=8, return_when=asyncio.FIRST_COMPLETED)
+        (task,) = done
+        winner = waiting.pop(task)
+        await task
+        assert [rival.is_held for rival in rivals].count(True) == 1
+        assert winner.epoch > epoch
+        epoch = winner.epoch
+        await winner.release()
+
+
+async def test_a_renewal_whose_answer_was_lost_is_still_ours(bus: Bus) -> None:
+    lease = Lease(bus, KEY, "holder", ttl_s=30)
+    assert await lease.try_acquire()
+    leases = Bucket(bus, names.BUCKET_LEASES, LeaseRecord)
+    await leases.put(KEY, LeaseRecord(holder="holder", epoch=lease.epoch), ttl_s=30)
+    await lease.renew()
+    await lease.renew()
+
+
+async def test_what_is_not_ours_is_not_given_up(bus: Bus) -> None:
+    first, second = Lease(bus, KEY, "first", ttl_s=30), Lease(bus, KEY, "second", ttl_s=30)
+    assert await first.try_acquire()
+    assert not await second.try_acquire()
+    await second.release()
+    await first.renew()
 
 
 async def test_a_lease_and_its_epochs_outlive_the_server(nats_server: NatsServer, bus: Bus) -> None:

@@ -46,6 +46,7 @@ FORBIDDEN_TO_PUBLISH = [
     ("agent", names.command_subject("g0")),
     ("agent", "$KV.HS_MODELS.x"),
     ("agent", "$KV.HS_LEASES.scheduler.leader"),
+    ("agent", names.event_subject("leader_elected")),
     ("agent", "$JS.API.STREAM.PURGE.HS_REQUESTS"),
 ]
 FORBIDDEN_TO_SUBSCRIBE = [
@@ -102,6 +103,7 @@ async def test_every_service_can_do_what_it_needs(
         (scheduler, names.status_subject(), AgentStatus),
         (agent, names.command_subject("g0"), Command),
         (agent, names.cancel_subject(), CancelRequest),
+        (agent, names.event_subject("leader_elected"), LeaderElected),
     ):
         await bus.subscribe(subject, kind, lambda message: heard.put(message.body))
         await bus.flush()
@@ -117,7 +119,7 @@ async def test_every_service_can_do_what_it_needs(
     await placement.put(f"g0.{key}", PlacementRecord("g0", MODEL, "resident", 1, 1))
     assert list(await models.items()) == [key]
     elected = LeaderElected("s", leader.epoch, time.time())
-    sent: list[object] = [elected, COMMAND]
+    sent: list[object] = [elected, elected, COMMAND]  # agents hear who leads, too
     await scheduler.publish(names.event_subject(kind_of(elected)), elected)
     await scheduler.publish(names.command_subject("g0"), COMMAND)
 
