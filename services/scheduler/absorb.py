@@ -32,6 +32,8 @@ def absorb(state: ClusterState, event: Input, now: float) -> None:
     """Move the belief by ``event``, seen at ``now`` (unix seconds)."""
     match event:
         case Demand():
+            if event.model in state.deployments:
+                state.tempo(event.model).note_demand(event.at)
             state.add_waiter(Waiter(event.request_id, event.model, event.klass, event.at))
         case RequestStarted():
             state.remove_waiter(event.model, event.request_id, event.at)

@@ -2,14 +2,18 @@
 
     swap-in of n bytes     Link: fixed + n / rate            from the traces of swap-ins there
     time per token         Tempo, per model                  from how requests ended
+    requests per second    Tempo, per model                  from when they came
     slack of a replica     tokens sent x target - elapsed    what its requests can be kept waiting
 
 All of it is a moving average, and all of it starts out unknown.
 """
 
+import math
+
 from schemas.state import SwapTrace
 
 _WEIGHT = 0.2  # of the newest figure
+_MEMORY_S = 30.0  # of how often a model is asked for
 
 
 class Link:
@@ -38,13 +42,25 @@ class Link:
 
 
 class Tempo:
-    """How fast one model writes, and how soon it begins."""
+    """How fast one model writes, how soon it begins, and how often it is asked to."""
 
-    __slots__ = ("first_s", "token_s")
+    __slots__ = ("_asked_at", "_num_asked", "first_s", "token_s")
 
     def __init__(self) -> None:
+        self._asked_at = 0.0
+        self._num_asked = 0.0  # at `_asked_at`; earlier ones count ever less
         self.token_s = 0.0  # 0: unknown
         self.first_s = 0.0  # from the start of a request to its first token
+
+    def note_demand(self, at: float) -> None:
+        """A request for it came (unix seconds)."""
+        self._num_asked = self._num_asked * math.exp((self._asked_at - at) / _MEMORY_S) + 1.0
+        self._asked_at = at
+
+    def asked_per_s(self, now: float) -> float:
+        """Requests per second, lately."""
+        passed_s = max(0.0, now - self._asked_at)
+        return self._num_asked * math.exp(-passed_s / _MEMORY_S) / _MEMORY_S
 
     def note(self, prefill_s: float, decode_s: float, num_tokens: int) -> None:
         """A request got its first token after ``prefill_s``, and ``num_tokens`` more in

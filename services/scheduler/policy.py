@@ -25,6 +25,7 @@ from services.scheduler.victims import (
     choose_victims,
     idle_victims,
     image_bytes,
+    num_made_late,
     slack_victims,
 )
 
@@ -35,6 +36,7 @@ MOST_GPUS = 8  # that are looked at for one turn, of each kind
 _PRESSURE_S = 0.5  # what a GPU whose memory is all in use costs a newcomer, in computing
 _ROW_S = 0.001  # and each request that runs there
 _HURRY = 1.5  # who is due within so many times what its swap-in takes is in a hurry
+_HURRY_BACK = 3.0  # the same of suspended requests; until then they leave the link to others
 _PATIENCE = 20.0  # swap-ins: where they are slow, who waits longest must wait longer
 _RETURN_S = 10.0  # a model that was idle for less is as likely as not wanted again soon
 
@@ -248,7 +250,7 @@ def weigh(
             else:
                 busy = _preemptible(state, agent, replica, turn, now)
                 victims = _choose([*idle, *busy], rivals_there, deficit) if busy else None
-                if victims is not None:
+                if victims is not None and _is_worth_it(state, agent, replica, turn, victims, now):
                     rank, action = 5, "evict"
                 elif overdue:
                     rank, action = 7, "claim"
@@ -296,11 +298,33 @@ def _preemptible(
     waited_s = now - turn.since
     if config.preemption == "off":
         return []
-    if waited_s < config.preempt_after_s and now + _HURRY * newcomer.swap_in_s < turn.due_at:
+    if turn.request_id:
+        may_wait = waited_s < config.preempt_after_s
+        hurry_s = _HURRY * newcomer.swap_in_s
+    else:  # who is suspended has time until it is due: coming back sooner only moves bytes
+        may_wait, hurry_s = True, _HURRY_BACK * newcomer.swap_in_s
+    if may_wait and now + hurry_s < turn.due_at:
         return []
-    if waited_s > max(config.starvation_s, _PATIENCE * newcomer.swap_in_s):
+    if _is_starving(state, newcomer, turn, now):
         return busy_victims(state, agent, now)
     return slack_victims(state, agent, newcomer, now)
+
+
+def _is_starving(state: ClusterState, newcomer: Replica, turn: Turn, now: float) -> bool:
+    return now - turn.since > max(state.config.starvation_s, _PATIENCE * newcomer.swap_in_s)
+
+
+def _is_worth_it(
+    state: ClusterState,
+    agent: Agent,
+    newcomer: Replica,
+    turn: Turn,
+    victims: Collection[Replica],
+    now: float,
+) -> bool:
+    """Whether preempting ``victims`` makes next to no requests late that have not come yet."""
+    num_late = num_made_late(state, agent, newcomer, victims, now)
+    return num_late <= state.config.harm_at_most or _is_starving(state, newcomer, turn, now)
 
 
 def rivals(state: ClusterState, newcomer: Replica) -> list[Replica]:

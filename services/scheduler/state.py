@@ -44,6 +44,7 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     token_target_s: float = 0.1
     starvation_s: float = 3.0  # who waited this long goes first, and may preempt without slack
     preempt_after_s: float = 0.2  # who waited less than this, and is in no hurry, preempts nobody
+    harm_at_most: float = 0.2  # no preemption that makes more requests late, as it seems
     guard_factor: float = 2.5  # no preemption where two swaps take more than so many quanta
     eviction: Literal["value", "lru", "gdsf", "belady"] = "value"
     placement: Literal["load", "memory"] = "load"

@@ -10,7 +10,7 @@ A deployment that must not be interrupted is drained instead: it leaves when its
 pinned one does not leave at all.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from services.scheduler import eviction
 from services.scheduler.replica import Agent, Replica
@@ -71,6 +71,22 @@ def slack_victims(
         if slack_s >= swaps_s + config.run_quantum_s:
             able.append((-slack_s, replica.model, replica))
     return [replica for _, _, replica in sorted(able)]
+
+
+def num_made_late(
+    state: ClusterState, agent: Agent, newcomer: Replica, victims: Iterable[Replica], now: float
+) -> float:
+    """How many requests for the busy ones of ``victims`` are likely to come too late for their
+    first token to be in time, because ``newcomer`` has one turn there.
+    """
+    away_s = arrival_s(state, agent, now) + newcomer.swap_in_s + state.config.run_quantum_s
+    num = 0.0
+    for replica in victims:
+        if not state.is_idle(replica):
+            target_s = state.ttft_target_s(replica.model, "interactive")
+            too_long_s = max(0.0, away_s + replica.swap_in_s - target_s)
+            num += too_long_s * state.tempo(replica.model).asked_per_s(now)
+    return num
 
 
 def arrival_s(state: ClusterState, agent: Agent, now: float) -> float:
