@@ -105,10 +105,12 @@ class Compute:
         "_prompts",
         "_rounds",
         "_turn_s",
+        "idle_since_s",
     )
 
     def __init__(self, cost: CostModel) -> None:
         self._cost = cost
+        self.idle_since_s = 0.0  # while there is nothing to do
         self._at_s = 0.0
         self._rounds = 0.0
         self._num_models = 0  # that have decoding rows
@@ -127,6 +129,7 @@ class Compute:
             turns = (now - self._at_s) / turn_s
             self._rounds += turns  # those without rows hurt nobody
             self._left_s -= turns * self._chunk_s
+            self.idle_since_s = now
         self._at_s = now
 
     def next_s(self) -> float:

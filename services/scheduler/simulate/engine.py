@@ -104,8 +104,20 @@ class Engine:
             self._memory.kv_tokens += sequence.tokens
             self._compute.add(sequence)
         self._world.num_suspended -= len(replica.rows)
+        if not replica.rows:
+            self._start_early(replica)
         self.pull(replica)
         self._arm()
+
+    def _start_early(self, replica: SimReplica) -> None:
+        """Take the first request; its prompt was read while weights came, as far as they were
+        there and nothing else computed.
+        """
+        if self._cost.prefill_tail >= 1 or not replica.queue.waiting or replica.began_s is None:
+            return
+        first = replica.queue.waiting[0]
+        since_s = max(first.at_s, replica.began_s, self._compute.idle_since_s)
+        self.start(replica, self._world.now - since_s)
 
     def suspend(self, replica: SimReplica) -> None:
         """Its requests stop where they are."""
@@ -129,14 +141,17 @@ class Engine:
         self._short_of_kv[replica] = None
         return False
 
-    def start(self, replica: SimReplica) -> None:
-        """Take the first request of the queue. `compute` must have been advanced to now."""
+    def start(self, replica: SimReplica, read_s: float = 0.0) -> None:
+        """Take the first request of the queue. `compute` must have been advanced to now.
+
+        ``read_s``: so long its prompt could be read already.
+        """
         world = self._world
         sequence = replica.queue.waiting.popleft()
         world.num_queued -= 1
         sequence.attempt += 1
         sequence.started_s = now = world.now
-        sequence.reset(self._cost.prefill_s(sequence.input_tokens))
+        sequence.reset(self._cost.prefill_left_s(sequence.input_tokens, read_s))
         sequence.lane = replica
         replica.rows[sequence] = None
         self._memory.kv_tokens += sequence.input_tokens + sequence.output_tokens
