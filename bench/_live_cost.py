@@ -60,7 +60,11 @@ class Samples(msgspec.Struct):
     warm: list[Warm] = []
     rounds: list[tuple[int, float]] = []
     switches: list[Switch] = []
-    suspends_s: list[float] = []
+
+    def __add__(self, other: "Samples") -> "Samples":
+        return Samples(
+            self.warm + other.warm, self.rounds + other.rounds, self.switches + other.switches
+        )
 
 
 def line(points: Iterable[tuple[float, float]]) -> Line:
@@ -88,8 +92,10 @@ def line(points: Iterable[tuple[float, float]]) -> Line:
     return Line(fixed, slope)
 
 
-def cost_model(samples: Samples, chunk_tokens: int) -> CostModel:
-    """The constants of the simulator. ``chunk_tokens``: of a prompt between decode rounds."""
+def cost_model(samples: Samples, suspend_s: float, chunk_tokens: int) -> CostModel:
+    """The constants of the simulator. ``suspend_s``: as there; ``chunk_tokens``: of a prompt
+    between decode rounds.
+    """
     prefill = line((one.num_tokens, one.prefill_s) for one in samples.warm)
     decode = line(samples.rounds)
     swap = line((one.num_bytes, one.swap_in_s) for one in samples.switches)
@@ -100,7 +106,7 @@ def cost_model(samples: Samples, chunk_tokens: int) -> CostModel:
         link_bytes_per_s=1 / max(swap.slope, 1e-15),
         swap_fixed_s=swap.fixed,
         swap_out_s=statistics.median(one.swap_out_s for one in samples.switches),
-        suspend_s=statistics.median(samples.suspends_s),
+        suspend_s=suspend_s,
         prefill_fixed_s=max(_LEAST, prefill.fixed),
         prefill_s_per_token=prefill.slope,
         prefill_chunk_tokens=chunk_tokens,

@@ -11,24 +11,27 @@ from schemas.events import FirstTokenSent, SwapInCompleted, SwapOutCompleted
 
 PROMPTS = (24, 96, 384)  # tokens
 _FEW = 8  # tokens of an answer that nothing is asked of but its first one
-_LONG = 200  # tokens of one that is to be interrupted
+_LONG = 100  # tokens of one that is to be interrupted
+
+_AHEAD_S = 0.5  # later these are so far ahead of their target that they may be interrupted
 
 
-async def calibrate(live: Live, samples: Samples, rounds: int) -> None:
-    """Add ``rounds`` of each probe to ``samples``; an interruption, once."""
+async def calibrate(live: Live, rounds: int) -> Samples:
+    """``rounds`` of each probe."""
+    samples = Samples()
     for _ in range(rounds):
         for num_tokens in PROMPTS:
             await _warm(live, samples, num_tokens)
         await _rows(live, samples)
         for number, num_tokens in enumerate(PROMPTS):
             await _switch(live, samples, num_tokens, returns=number % 2 == 1)
-    await _interruption(live, samples)
+    return samples
 
 
 async def _warm(live: Live, samples: Samples, num_tokens: int) -> None:
     model = live.resident()[0]
     answer = await live.ask(model, num_tokens, 2 * _FEW)
-    await live.quiet()
+    await live.ended(answer)
     samples.warm.append(
         Warm(num_tokens, live.ends()[answer.request_id].timing.prefill_s, answer.ttft_s)
     )
@@ -41,7 +44,7 @@ async def _rows(live: Live, samples: Samples) -> None:
     asked = (live.ask(model, PROMPTS[0], 3 * _FEW) for _ in range(MAX_BATCH))
     answers = await asyncio.gather(*asked)
     samples.rounds += [(MAX_BATCH, statistics.median(answer.gaps_s)) for answer in answers]
-    await live.quiet()
+    await live.ended(*answers)
 
 
 async def _switch(live: Live, samples: Samples, num_tokens: int, *, returns: bool) -> None:
@@ -54,7 +57,7 @@ async def _switch(live: Live, samples: Samples, num_tokens: int, *, returns: boo
     model = away[-1 if returns else 0]
     began = time.time()
     answer = await live.ask(model, num_tokens, _FEW)
-    await live.quiet()
+    await live.ended(answer)
     out_at, _ = live.of(SwapOut, began)[0]
     gone_at, _ = live.of(SwapOutCompleted, began)[0]
     in_at, _ = live.of(SwapIn, began)[0]
@@ -73,18 +76,20 @@ async def _switch(live: Live, samples: Samples, num_tokens: int, *, returns: boo
     )
 
 
-async def _interruption(live: Live, samples: Samples) -> None:
-    """All of the device is busy with long answers when somebody asks for another model."""
+async def interruption(live: Live) -> list[float]:
+    """All of the device is busy with long answers when somebody asks for another model: seconds
+    until requests of one were suspended.
+    """
     began = time.time()
     busy = live.resident()
     (other, *_) = (model for model in live.models if model not in busy)
     asked = [asyncio.create_task(live.ask(model, PROMPTS[0], _LONG)) for model in busy]
-    await asyncio.sleep(1.0)
+    await asyncio.sleep(_AHEAD_S)
     asked.append(asyncio.create_task(live.ask(other, PROMPTS[0], _FEW)))
-    await asyncio.gather(*asked)
-    await live.quiet()
+    await live.ended(*await asyncio.gather(*asked))
     commands = live.of(SwapOut, began)
-    for at, out in live.of(SwapOutCompleted, began):
-        if out.num_suspended:
-            told_at = max(t for t, command in commands if command.model == out.model and t < at)
-            samples.suspends_s.append(at - told_at)
+    return [
+        at - max(told_at for told_at, one in commands if one.model == out.model and told_at < at)
+        for at, out in live.of(SwapOutCompleted, began)
+        if out.num_suspended
+    ]

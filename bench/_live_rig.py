@@ -20,7 +20,7 @@ from bench._models import write
 from bench._scheduler_rig import PATIENCE_S, open_rig
 from schemas import names
 from schemas.commands import Command
-from schemas.events import Event, RequestEnded, SwapOutCompleted
+from schemas.events import Event, RequestEnded, SwapInCompleted, SwapOutCompleted
 from schemas.state import AgentStatus
 from services.bus import Message
 from services.demo.models import DemoModel, train_tokenizer
@@ -36,7 +36,6 @@ VOCABULARY = 2048
 LINK_GB_PER_S = 0.25
 FOOTPRINT_BYTES = 72 * 2**20  # of a model: weights and KV reserve, in whole pages
 SCHEDULER = SchedulerSettings()
-_QUIET_S = 0.3  # without a request, all that it caused has been told
 
 
 def write_models(folder: Path, num: int) -> dict[str, ModelSettings]:
@@ -96,6 +95,7 @@ class Live:
         self.models = models
         self.heard: list[Heard] = []
         self.status: AgentStatus | None = None
+        self._news = asyncio.Condition()
         self._url = url
         self._rng = random.Random(1)
         # Every answer is this token again and again: text that no client has to wait for.
@@ -105,10 +105,10 @@ class Live:
 
     async def hear(self, rig: Any) -> None:
         async def on_event(message: Message[Event]) -> None:
-            self.heard.append(Heard(time.time(), message.body))
+            await self._hear(message.body)
 
         async def on_command(message: Message[Command]) -> None:
-            self.heard.append(Heard(time.time(), message.body))
+            await self._hear(message.body)
 
         async def on_status(message: Message[AgentStatus]) -> None:
             self.status = message.body
@@ -118,12 +118,23 @@ class Live:
         await rig.bus.subscribe(names.status_subject(), AgentStatus, on_status)
         await rig.bus.flush()
 
+    async def _hear(self, body: Event | Command) -> None:
+        async with self._news:
+            self.heard.append(Heard(time.time(), body))
+            self._news.notify_all()
+
     async def close(self) -> None:
         await self._client.aclose()
 
     def resident(self) -> list[str]:
-        replicas = self.status.replicas if self.status else ()
-        return [r.model for r in replicas if r.state == "resident"]
+        """Who came and did not leave, the first to come first."""
+        there: dict[str, None] = {}
+        for _, body in self.heard:
+            if isinstance(body, SwapInCompleted):
+                there[body.model] = None
+            elif isinstance(body, SwapOutCompleted):
+                there.pop(body.model, None)
+        return list(there)
 
     async def ask(self, model: str, num_input: int, num_output: int) -> Answer:
         """One streamed completion of a prompt that nobody has sent before."""
@@ -155,9 +166,11 @@ class Live:
             return Answer(name, sent_at, ())
         return Answer(name.removeprefix("cmpl-"), sent_at, tuple(chunks))
 
-    async def quiet(self) -> None:
-        """Let the last events of what was asked come in."""
-        await asyncio.sleep(_QUIET_S)
+    async def ended(self, *answers: Answer) -> None:
+        """Until the bus has told the end of these, and so all that they caused."""
+        wanted = {answer.request_id for answer in answers if answer.request_id}
+        async with asyncio.timeout(PATIENCE_S), self._news:
+            await self._news.wait_for(lambda: wanted <= self.ends().keys())
 
     def of(self, kind: type[T], since: float) -> list[tuple[float, T]]:
         """What of ``kind`` came after ``since`` (unix seconds), with the time."""
@@ -209,9 +222,10 @@ async def _ready(live: Live, url: str) -> None:
                     break
             await asyncio.sleep(0.05)
     for model in live.models:
-        if not (await live.ask(model, 8, 4)).chunks_at:
+        answer = await live.ask(model, 8, 4)
+        if not answer.chunks_at:
             raise AssertionError(f"{model} gives no answer")
-    await live.quiet()
+        await live.ended(answer)
 
 
 def _is_loaded(live: Live) -> bool:

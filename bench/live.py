@@ -5,26 +5,31 @@ Three small models of which two fit, then nine of which three fit. In each confi
 1. calibrate  the system is alone with single requests: what prompts, decode rounds, swaps and all
               the rest take becomes the simulator's cost model (`_live_probes`, `_live_cost`)
 2. live       requests drawn by seed (Poisson) come over HTTP at their times, whatever is under way
-3. calibrate  again: the machine may have changed
+3. calibrate  again: other users of the machine come and go
 4. simulate   the same requests, sizes, budget and policy, with the constants of 1 and 3
 
-and the percentiles of the time to first token are compared. No constant is fitted to what is
-compared. Requests of the first seconds do not count: the simulation begins with an empty device.
+for one seed after the other, and the percentiles of the time to first token, over all seeds, are
+compared. No constant is fitted to what is compared. Each seed begins with a request for every
+model that fits, one after the other, which do not count: so the same models are resident, live
+and simulated, when the others come.
 """
 
 import asyncio
+import functools
 import math
+import operator
 import random
+import statistics
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from bench._live_cost import Samples, cost_model, reaction_s
-from bench._live_probes import calibrate
+from bench._live_probes import calibrate, interruption
 from bench._live_rig import (
-    MAX_BATCH,
     MAX_OUTPUT,
     MAX_PROMPT,
     SCHEDULER,
@@ -39,16 +44,16 @@ from services.gpu_agent.engine.schedule import DEFAULT_CHUNK_TOKENS
 from services.scheduler.service import TICK_S
 from services.scheduler.simulate.cost import CostModel
 from services.scheduler.simulate.run import Gpus, Options, simulate
-from services.scheduler.simulate.workload import ModelSize, Workload, poisson
+from services.scheduler.simulate.workload import ModelSize, Request, Workload, poisson
 from services.scheduler.state import PolicyConfig
 from services.settings import ModelSettings
 
 MEDIAN_PROMPT, SIGMA_PROMPT = 96, 0.7  # tokens; lognormal
 MEDIAN_OUTPUT, SIGMA_OUTPUT = 16, 0.6
-NOT_COUNTED_S = 2.0  # at the start of each seed
-SEEDS, QUICK_SEEDS = (1, 2), (1,)
-SECONDS, QUICK_SECONDS = 45.0, 9.0  # of each seed
-PROBES, QUICK_PROBES = 3, 1  # rounds, each time
+LEAD_S = 0.5  # between the requests that do not count, and before the others
+SEEDS, QUICK_SEEDS = (1, 2, 3, 4, 5, 6), (1,)
+SECONDS, QUICK_SECONDS = 14.0, 8.0  # of each seed
+PROBES, QUICK_PROBES = 2, 1  # rounds, each time
 OFF_AT_MOST: Final = 0.2
 PERCENTILES = (50, 90, 95)
 
@@ -82,18 +87,24 @@ def lengths(rng: random.Random) -> tuple[int, int]:
     return min(MAX_PROMPT, max(8, int(num_in))), min(MAX_OUTPUT, max(2, int(num_out)))
 
 
-def workloads(live: Live, shape: Shape, seeds: tuple[int, ...], duration_s: float) -> list[Workload]:
-    """One for each seed, of models as large as the agent says that they are."""
+def draw(live: Live, shape: Shape, seed: int, duration_s: float) -> Workload:
+    """Of models as large as the agent says that they are; the first `Shape.num_fit` do not count."""
     assert live.status
     sizes = {}
     for replica in live.status.replicas:
         assert replica.facts
         facts = replica.facts
-        sizes[replica.model] = ModelSize(facts.weight_bytes, facts.kv_bytes, MAX_BATCH)
-    return [
-        poisson(sizes, shape.rate_per_s, duration_s, seed=seed, lengths=lengths, name=shape.name)
-        for seed in seeds
+        sizes[replica.model] = ModelSize(facts.weight_bytes, facts.kv_bytes, facts.max_batch)
+    drawn = poisson(
+        sizes, shape.rate_per_s, duration_s, seed=seed, lengths=lengths, name=shape.name
+    )
+    lead = [
+        Request(number * LEAD_S, model, 8, 2)
+        for number, model in enumerate(list(sizes)[: shape.num_fit])
     ]
+    begins_s = len(lead) * LEAD_S
+    rest = [request._replace(at_s=begins_s + request.at_s) for request in drawn.requests]
+    return Workload(shape.name, sizes, lead + rest)
 
 
 def pooled(outcomes: list[Outcome]) -> Outcome:
@@ -113,7 +124,7 @@ def off(live_s: list[float], simulated_s: list[float], percent: float) -> float:
 # -- live ------------------------------------------------------------------------------------
 
 
-async def run_live(live: Live, workload: Workload) -> Outcome:
+async def run_live(live: Live, workload: Workload, num_lead: int) -> Outcome:
     """Send each request at its time, and wait for all of them."""
     since = time.time()
     began = time.monotonic()
@@ -123,12 +134,8 @@ async def run_live(live: Live, workload: Workload) -> Outcome:
         asking = live.ask(request.model, request.input_tokens, request.output_tokens)
         asked.append(asyncio.create_task(asking))
     answers = await asyncio.gather(*asked)
-    await live.quiet()
-    counted = [
-        answer.ttft_s
-        for request, answer in zip(workload.requests, answers, strict=True)
-        if request.at_s >= NOT_COUNTED_S and answer.chunks_at
-    ]
+    await live.ended(*answers)
+    counted = [answer.ttft_s for answer in answers[num_lead:] if answer.chunks_at]
     swaps = [body.trace for _, body in live.of(SwapInCompleted, since)]
     return Outcome(
         counted,
@@ -143,7 +150,7 @@ async def run_live(live: Live, workload: Workload) -> Outcome:
 
 
 def run_simulated(
-    workload: Workload, budget_bytes: int, cost: CostModel, bus_s: float
+    workload: Workload, num_lead: int, budget_bytes: int, cost: CostModel, bus_s: float
 ) -> Outcome:
     config = PolicyConfig(
         run_quantum_s=SCHEDULER.run_quantum_s,
@@ -156,11 +163,7 @@ def run_simulated(
     )
     options = Options(tick_s=TICK_S, bus_s=bus_s)
     result = simulate(workload, Gpus(1, budget_bytes), cost, config, options)
-    counted = [
-        ttft_s
-        for request, ttft_s in zip(workload.requests, result.ttft_s, strict=True)
-        if request.at_s >= NOT_COUNTED_S and not math.isnan(ttft_s)
-    ]
+    counted = [ttft_s for ttft_s in result.ttft_s[num_lead:] if not math.isnan(ttft_s)]
     return Outcome(
         counted,
         result.num_failed,
@@ -174,33 +177,39 @@ def run_simulated(
 
 
 async def compare(bench: Bench, shape: Shape, models: dict[str, ModelSettings]) -> None:
+    """One configuration."""
     seeds, seconds, probes = SEEDS, SECONDS, PROBES
     if bench.quick:
         seeds, seconds, probes = QUICK_SEEDS, QUICK_SECONDS, QUICK_PROBES
-    samples = Samples()
+    drawn, was = [], []
     async with open_live(models, shape.num_fit) as live:
-        await calibrate(live, samples, probes)
+        suspends_s = await interruption(live)
+        samples = [await calibrate(live, probes)]
         assert live.status
         budget_bytes = live.status.budget_bytes
-        drawn = workloads(live, shape, seeds, seconds)
-        was = pooled([await run_live(live, workload) for workload in drawn])
-        if not bench.quick:
-            await calibrate(live, samples, probes)
-    cost, bus_s = cost_model(samples, DEFAULT_CHUNK_TOKENS), reaction_s(samples)
-    told = pooled([run_simulated(workload, budget_bytes, cost, bus_s) for workload in drawn])
-    report_cost(bench, shape.name, samples, cost, bus_s)
-    report(bench, shape.name, was, told)
+        for seed in seeds:
+            drawn.append(draw(live, shape, seed, seconds))
+            was.append(await run_live(live, drawn[-1], shape.num_fit))
+            samples.append(await calibrate(live, probes))
+        suspends_s += await interruption(live)
+    suspend_s = statistics.median(suspends_s)
+    told = []
+    for workload, (before, after) in zip(drawn, pairwise(samples), strict=True):
+        cost = cost_model(before + after, suspend_s, DEFAULT_CHUNK_TOKENS)
+        bus_s = reaction_s(before + after)
+        told.append(run_simulated(workload, shape.num_fit, budget_bytes, cost, bus_s))
+    report_cost(bench, shape.name, functools.reduce(operator.add, samples), suspend_s)
+    report(bench, shape.name, pooled(was), pooled(told))
 
 
-def report_cost(
-    bench: Bench, name: str, samples: Samples, cost: CostModel, bus_s: float
-) -> None:
+def report_cost(bench: Bench, name: str, samples: Samples, suspend_s: float) -> None:
     """The constants, and how well they add up to a switch that nothing else disturbs."""
+    cost = cost_model(samples, suspend_s, DEFAULT_CHUNK_TOKENS)
     for field in cost.__struct_fields__:
         if getattr(cost, field) != getattr(CostModel(), field):
             unit = "s" if field.endswith("_s") and "per_s" not in field else ""
             bench.value(f"{name}: {field}", getattr(cost, field), unit)
-    bench.value(f"{name}: bus_s", bus_s, "s")
+    bench.value(f"{name}: bus_s", reaction_s(samples), "s")
     shares = tuple(one.unexplained_s / one.ttft_s for one in samples.switches)
     bench.value(f"{name}: unexplained part of a lone switch", percentile(shares, 50))
 
