@@ -114,6 +114,7 @@ def cost_model(samples: Samples, suspend_s: float, chunk_tokens: int) -> CostMod
         decode_fixed_s=max(_LEAST, decode.fixed),
         decode_s_per_row=decode.slope,
         kv_bytes_per_token=0,  # of suspended rows it moves beside the link, by plain copies
+        swaps_wait=True,
         request_s=max(0.0, statistics.median(one.ttft_s - one.prefill_s for one in samples.warm)),
     )
 

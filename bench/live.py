@@ -18,16 +18,17 @@ import asyncio
 import functools
 import math
 import operator
+import os
 import random
 import statistics
 import sys
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from bench._live_cost import Samples, cost_model, reaction_s
+from bench._live_noise import loudest, quietest, read_cpu, share_of_others
 from bench._live_probes import calibrate, interruption
 from bench._live_rig import (
     MAX_OUTPUT,
@@ -51,9 +52,11 @@ from services.settings import ModelSettings
 MEDIAN_PROMPT, SIGMA_PROMPT = 96, 0.7  # tokens; lognormal
 MEDIAN_OUTPUT, SIGMA_OUTPUT = 16, 0.6
 LEAD_S = 0.5  # between the requests that do not count, and before the others
-SEEDS, QUICK_SEEDS = (1, 2, 3, 4, 5, 6), (1,)
+SEEDS, QUICK_SEEDS = (1, 2, 3, 4, 5), (1,)
 SECONDS, QUICK_SECONDS = 14.0, 8.0  # of each seed
 PROBES, QUICK_PROBES = 2, 1  # rounds, each time
+QUIET = 0.05  # while others use more than this share of the CPUs, seeds are run again,
+AGAIN_FOR_S, QUICK_AGAIN_FOR_S = 150.0, 0.0  # until so long after the start of a configuration
 OFF_AT_MOST: Final = 0.2
 PERCENTILES = (50, 90, 95)
 
@@ -176,30 +179,69 @@ def run_simulated(
 # -- both ------------------------------------------------------------------------------------
 
 
+class Trial(NamedTuple):
+    """One seed, live, between two calibrations."""
+
+    seed: int
+    workload: Workload
+    was: Outcome
+    samples: Samples
+    others: float  # share of the machine's CPU time that others used meanwhile
+
+
+async def trials(
+    live: Live,
+    shape: Shape,
+    seeds: tuple[int, ...],
+    seconds: float,
+    probes: int,
+    again_for_s: float,
+) -> list[Trial]:
+    """Every seed once; then again those that others disturbed most, as long as there is time."""
+    began = time.monotonic()
+    num_cores = len(os.sched_getaffinity(0))
+    done: list[Trial] = []
+    clock, before = read_cpu(), await calibrate(live, probes)
+    while True:
+        if len(done) < len(seeds):
+            seed = seeds[len(done)]
+        elif time.monotonic() - began > again_for_s or loudest(done).others < QUIET:
+            return done
+        else:
+            seed = loudest(done).seed
+        workload = draw(live, shape, seed, seconds)
+        was = await run_live(live, workload, shape.num_fit)
+        next_clock, after = read_cpu(), await calibrate(live, probes)
+        others = share_of_others(clock, read_cpu(), num_cores)
+        done.append(Trial(seed, workload, was, before + after, others))
+        clock, before = next_clock, after
+
+
 async def compare(bench: Bench, shape: Shape, models: dict[str, ModelSettings]) -> None:
     """One configuration."""
-    seeds, seconds, probes = SEEDS, SECONDS, PROBES
+    how = (SEEDS, SECONDS, PROBES, AGAIN_FOR_S)
     if bench.quick:
-        seeds, seconds, probes = QUICK_SEEDS, QUICK_SECONDS, QUICK_PROBES
-    drawn, was = [], []
+        how = (QUICK_SEEDS, QUICK_SECONDS, QUICK_PROBES, QUICK_AGAIN_FOR_S)
     async with open_live(models, shape.num_fit) as live:
         suspends_s = await interruption(live)
-        samples = [await calibrate(live, probes)]
+        done = await trials(live, shape, *how)
+        suspends_s += await interruption(live)
         assert live.status
         budget_bytes = live.status.budget_bytes
-        for seed in seeds:
-            drawn.append(draw(live, shape, seed, seconds))
-            was.append(await run_live(live, drawn[-1], shape.num_fit))
-            samples.append(await calibrate(live, probes))
-        suspends_s += await interruption(live)
     suspend_s = statistics.median(suspends_s)
+    chosen = list(quietest(done).values())
     told = []
-    for workload, (before, after) in zip(drawn, pairwise(samples), strict=True):
-        cost = cost_model(before + after, suspend_s, DEFAULT_CHUNK_TOKENS)
-        bus_s = reaction_s(before + after)
-        told.append(run_simulated(workload, shape.num_fit, budget_bytes, cost, bus_s))
-    report_cost(bench, shape.name, functools.reduce(operator.add, samples), suspend_s)
-    report(bench, shape.name, pooled(was), pooled(told))
+    for trial in chosen:
+        cost = cost_model(trial.samples, suspend_s, DEFAULT_CHUNK_TOKENS)
+        bus_s = reaction_s(trial.samples)
+        told.append(run_simulated(trial.workload, shape.num_fit, budget_bytes, cost, bus_s))
+    bench.value(f"{shape.name}: trials", len(done))
+    bench.value(f"{shape.name}: trials that count", len(chosen))
+    bench.value(f"{shape.name}: CPU that others used", max(one.others for one in chosen))
+    report_cost(
+        bench, shape.name, functools.reduce(operator.add, (t.samples for t in chosen)), suspend_s
+    )
+    report(bench, shape.name, pooled([trial.was for trial in chosen]), pooled(told))
 
 
 def report_cost(bench: Bench, name: str, samples: Samples, suspend_s: float) -> None:

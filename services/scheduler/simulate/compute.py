@@ -142,6 +142,12 @@ class Compute:
             wait = min(wait, self._left_s / self._chunk_s)
         return self._at_s + max(0.0, wait) * self._turn_s if self._turn_s else math.inf
 
+    def step_left_s(self) -> float:
+        """Until the step that is under way ends: the rest of a chunk, or half a model's round."""
+        if self._chunk_s:
+            return min(self._left_s, self._chunk_s)
+        return self._turn_s / self._num_models / 2 if self._num_models else 0.0
+
     def pop_prompt(self) -> Sequence | None:
         """The sequence whose prompt is just read, if any; it does not decode yet."""
         if not self._prompts or self._left_s > _NEARLY:

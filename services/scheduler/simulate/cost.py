@@ -41,6 +41,7 @@ class CostModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decode_s_per_row: float = 0.00012
     kv_bytes_per_token: int = 0  # 0: KV limits nothing
     load_bytes_per_s: float = 2e9  # disk -> host image
+    swaps_wait: bool = False  # the engine begins swaps between two steps, not beside one
     register_s: float = 0.1
     request_s: float = 0.0  # of every first token, on top: HTTP, queue, stream
 

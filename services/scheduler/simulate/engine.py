@@ -33,6 +33,7 @@ class SimReplica(Lane):
         "kept_bytes",
         "num_rows_max",
         "queue",
+        "ready_s",
         "state",
         "waiting_since",
     )
@@ -56,6 +57,7 @@ class SimReplica(Lane):
         )
         self.job = 0
         self.began_s: float | None = None  # when the link began with it
+        self.ready_s = 0.0  # when it may
         self.waiting_since = 0.0
         self.kept_bytes = 0  # of its weights, on the device when the swap-in was taken up
         self.copy_bytes = 0
@@ -126,6 +128,13 @@ class Engine:
         self._memory.kv_tokens -= sum(sequence.tokens for sequence in replica.rows)
         self._world.num_suspended += len(replica.rows)
         self._arm()
+
+    def swap_wait_s(self) -> float:
+        """How long a swap has to wait for the engine."""
+        if not self._cost.swaps_wait:
+            return 0.0
+        self._compute.advance(self._world.now)
+        return self._compute.step_left_s()
 
     def forget(self, replica: SimReplica) -> None:
         """It is about to leave: it takes no more."""
