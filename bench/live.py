@@ -10,8 +10,9 @@ Three small models of which two fit, then nine of which three fit. In each confi
 
 for one seed after the other, and the percentiles of the time to first token, over all seeds, are
 compared. No constant is fitted to what is compared. Each seed begins with a request for every
-model that fits, one after the other, which do not count: so the same models are resident, live
-and simulated, when the others come.
+model, one after the other, which do not count: so the device holds the same, live and simulated,
+when the others come. While other users of the machine are busy, seeds are run again as long as
+there is time, and of each seed the run counts during which they were quietest.
 """
 
 import asyncio
@@ -51,12 +52,8 @@ from services.settings import ModelSettings
 
 MEDIAN_PROMPT, SIGMA_PROMPT = 96, 0.7  # tokens; lognormal
 MEDIAN_OUTPUT, SIGMA_OUTPUT = 16, 0.6
-LEAD_S = 0.5  # between the requests that do not count, and before the others
-SEEDS, QUICK_SEEDS = (1, 2, 3, 4, 5), (1,)
-SECONDS, QUICK_SECONDS = 14.0, 8.0  # of each seed
-PROBES, QUICK_PROBES = 2, 1  # rounds, each time
-QUIET = 0.05  # while others use more than this share of the CPUs, seeds are run again,
-AGAIN_FOR_S, QUICK_AGAIN_FOR_S = 150.0, 0.0  # until so long after the start of a configuration
+LEAD_S = 0.4  # between the requests that do not count, and before the others
+QUIET = 0.05  # while others use more than this share of the CPUs, seeds are run again
 OFF_AT_MOST: Final = 0.2
 PERCENTILES = (50, 90, 95)
 
@@ -91,7 +88,7 @@ def lengths(rng: random.Random) -> tuple[int, int]:
 
 
 def draw(live: Live, shape: Shape, seed: int, duration_s: float) -> Workload:
-    """Of models as large as the agent says that they are; the first `Shape.num_fit` do not count."""
+    """Of models as large as the agent says that they are. The first requests do not count."""
     assert live.status
     sizes = {}
     for replica in live.status.replicas:
@@ -101,10 +98,7 @@ def draw(live: Live, shape: Shape, seed: int, duration_s: float) -> Workload:
     drawn = poisson(
         sizes, shape.rate_per_s, duration_s, seed=seed, lengths=lengths, name=shape.name
     )
-    lead = [
-        Request(number * LEAD_S, model, 8, 2)
-        for number, model in enumerate(list(sizes)[: shape.num_fit])
-    ]
+    lead = [Request(number * LEAD_S, model, 8, 2) for number, model in enumerate(sizes)]
     begins_s = len(lead) * LEAD_S
     rest = [request._replace(at_s=begins_s + request.at_s) for request in drawn.requests]
     return Workload(shape.name, sizes, lead + rest)
@@ -127,7 +121,7 @@ def off(live_s: list[float], simulated_s: list[float], percent: float) -> float:
 # -- live ------------------------------------------------------------------------------------
 
 
-async def run_live(live: Live, workload: Workload, num_lead: int) -> Outcome:
+async def run_live(live: Live, workload: Workload) -> Outcome:
     """Send each request at its time, and wait for all of them."""
     since = time.time()
     began = time.monotonic()
@@ -138,7 +132,7 @@ async def run_live(live: Live, workload: Workload, num_lead: int) -> Outcome:
         asked.append(asyncio.create_task(asking))
     answers = await asyncio.gather(*asked)
     await live.ended(*answers)
-    counted = [answer.ttft_s for answer in answers[num_lead:] if answer.chunks_at]
+    counted = [answer.ttft_s for answer in answers[len(workload.models) :] if answer.chunks_at]
     swaps = [body.trace for _, body in live.of(SwapInCompleted, since)]
     return Outcome(
         counted,
@@ -152,9 +146,7 @@ async def run_live(live: Live, workload: Workload, num_lead: int) -> Outcome:
 # -- simulated -------------------------------------------------------------------------------
 
 
-def run_simulated(
-    workload: Workload, num_lead: int, budget_bytes: int, cost: CostModel, bus_s: float
-) -> Outcome:
+def run_simulated(workload: Workload, budget_bytes: int, cost: CostModel, bus_s: float) -> Outcome:
     config = PolicyConfig(
         run_quantum_s=SCHEDULER.run_quantum_s,
         ttft_target_s=SCHEDULER.ttft_target_s,
@@ -166,7 +158,7 @@ def run_simulated(
     )
     options = Options(tick_s=TICK_S, bus_s=bus_s)
     result = simulate(workload, Gpus(1, budget_bytes), cost, config, options)
-    counted = [ttft_s for ttft_s in result.ttft_s[num_lead:] if not math.isnan(ttft_s)]
+    counted = [ttft_s for ttft_s in result.ttft_s[len(workload.models) :] if not math.isnan(ttft_s)]
     return Outcome(
         counted,
         result.num_failed,
@@ -179,6 +171,22 @@ def run_simulated(
 # -- both ------------------------------------------------------------------------------------
 
 
+class Effort(NamedTuple):
+    """Of one configuration. ``seconds``: of traffic for each seed; ``probes``: rounds, each time.
+
+    ``again_for_s``: until so long after the start, seeds that others disturbed are run again.
+    """
+
+    seeds: tuple[int, ...]
+    seconds: float
+    probes: int
+    again_for_s: float
+
+
+FULL = Effort((1, 2, 3, 4, 5), 13.0, 2, 125.0)
+QUICK = Effort((1,), 7.0, 1, 0.0)
+
+
 class Trial(NamedTuple):
     """One seed, live, between two calibrations."""
 
@@ -189,29 +197,22 @@ class Trial(NamedTuple):
     others: float  # share of the machine's CPU time that others used meanwhile
 
 
-async def trials(
-    live: Live,
-    shape: Shape,
-    seeds: tuple[int, ...],
-    seconds: float,
-    probes: int,
-    again_for_s: float,
-) -> list[Trial]:
+async def trials(live: Live, shape: Shape, effort: Effort) -> list[Trial]:
     """Every seed once; then again those that others disturbed most, as long as there is time."""
     began = time.monotonic()
     num_cores = len(os.sched_getaffinity(0))
     done: list[Trial] = []
-    clock, before = read_cpu(), await calibrate(live, probes)
+    clock, before = read_cpu(), await calibrate(live, effort.probes)
     while True:
-        if len(done) < len(seeds):
-            seed = seeds[len(done)]
-        elif time.monotonic() - began > again_for_s or loudest(done).others < QUIET:
+        if len(done) < len(effort.seeds):
+            seed = effort.seeds[len(done)]
+        elif time.monotonic() - began > effort.again_for_s or loudest(done).others < QUIET:
             return done
         else:
             seed = loudest(done).seed
-        workload = draw(live, shape, seed, seconds)
-        was = await run_live(live, workload, shape.num_fit)
-        next_clock, after = read_cpu(), await calibrate(live, probes)
+        workload = draw(live, shape, seed, effort.seconds)
+        was = await run_live(live, workload)
+        next_clock, after = read_cpu(), await calibrate(live, effort.probes)
         others = share_of_others(clock, read_cpu(), num_cores)
         done.append(Trial(seed, workload, was, before + after, others))
         clock, before = next_clock, after
@@ -219,12 +220,9 @@ async def trials(
 
 async def compare(bench: Bench, shape: Shape, models: dict[str, ModelSettings]) -> None:
     """One configuration."""
-    how = (SEEDS, SECONDS, PROBES, AGAIN_FOR_S)
-    if bench.quick:
-        how = (QUICK_SEEDS, QUICK_SECONDS, QUICK_PROBES, QUICK_AGAIN_FOR_S)
     async with open_live(models, shape.num_fit) as live:
         suspends_s = await interruption(live)
-        done = await trials(live, shape, *how)
+        done = await trials(live, shape, QUICK if bench.quick else FULL)
         suspends_s += await interruption(live)
         assert live.status
         budget_bytes = live.status.budget_bytes
@@ -234,7 +232,7 @@ async def compare(bench: Bench, shape: Shape, models: dict[str, ModelSettings]) 
     for trial in chosen:
         cost = cost_model(trial.samples, suspend_s, DEFAULT_CHUNK_TOKENS)
         bus_s = reaction_s(trial.samples)
-        told.append(run_simulated(trial.workload, shape.num_fit, budget_bytes, cost, bus_s))
+        told.append(run_simulated(trial.workload, budget_bytes, cost, bus_s))
     bench.value(f"{shape.name}: trials", len(done))
     bench.value(f"{shape.name}: trials that count", len(chosen))
     bench.value(f"{shape.name}: CPU that others used", max(one.others for one in chosen))
