@@ -58,6 +58,8 @@ async def _switch(live: Live, samples: Samples, num_tokens: int, *, returns: boo
     began = time.time()
     answer = await live.ask(model, num_tokens, _FEW)
     await live.ended(answer)
+    if not live.of(SwapOut, began):
+        return  # there was room: it is full from now on
     out_at, _ = live.of(SwapOut, began)[0]
     gone_at, _ = live.of(SwapOutCompleted, began)[0]
     in_at, _ = live.of(SwapIn, began)[0]
