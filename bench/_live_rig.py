@@ -6,6 +6,7 @@ on a GPU, a swap takes longer than a prompt, and the services have a core of the
 
 import asyncio
 import contextlib
+import functools
 import random
 import time
 from collections.abc import AsyncIterator
@@ -38,6 +39,11 @@ FOOTPRINT_BYTES = 72 * 2**20  # of a model: weights and KV reserve, in whole pag
 SCHEDULER = SchedulerSettings()
 
 
+@functools.cache
+def _tokenizer() -> Any:
+    return train_tokenizer()
+
+
 def write_models(folder: Path, num: int) -> dict[str, ModelSettings]:
     """Llamas of about 62 MB, all alike but for their weights."""
     config = LlamaConfig(
@@ -53,11 +59,10 @@ def write_models(folder: Path, num: int) -> dict[str, ModelSettings]:
         dtype="float32",
     )
     models = {}
-    tokenizer = train_tokenizer()
     for seed in range(num):
         name = f"m{seed}"
         spec = write(DemoModel(name, seed, config), folder)
-        tokenizer.save_pretrained(Path(spec.source))
+        _tokenizer().save_pretrained(Path(spec.source))
         models[name] = ModelSettings(
             source=spec.source, kv_tokens=KV_TOKENS, max_batch=MAX_BATCH, prefix_caching=False
         )
@@ -99,7 +104,7 @@ class Live:
         self._url = url
         self._rng = random.Random(1)
         # Every answer is this token again and again: text that no client has to wait for.
-        (self._says,) = train_tokenizer().encode("a", add_special_tokens=False)
+        (self._says,) = _tokenizer().encode("a", add_special_tokens=False)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         self._client = httpx.AsyncClient(timeout=PATIENCE_S, limits=limits)
 
