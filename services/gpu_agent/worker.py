@@ -6,8 +6,8 @@ The loop, for ever:
 
 1. wait for messages; not at all while a model has something to compute
 2. handle every message that is there, and what other threads have finished
-3. one step of one busy model
-4. send what came of it
+3. send what came of it: a step may take long, and others wait for these answers
+4. one step of one busy model, and send what came of that
 
 A step of a model that is still arriving may wait for its weights. Messages are received, but not
 handled, meanwhile; one that may make the step pointless (a cancellation, a swap-out), or that is
@@ -96,9 +96,9 @@ class Worker:
                 out += self._handle(message)
             if self._background.fileno() in readable:
                 out += self._background.collect()
-            if self._is_open:
-                out += self._engine.step()
             self._send(out)
+            if self._is_open:
+                self._send(self._engine.step())
 
     def _longest_wait_s(self) -> float | None:
         """Until a suspended request's deadline; None, for ever, where there is none."""

@@ -275,3 +275,49 @@ def test_without_a_size_kv_limits_nothing() -> None:
     for name in "rst":
         rig.request(name, "a", 10**6, 1)
     assert len(rig.replica("a").rows) == 3
+
+
+def test_a_prompt_is_read_while_weights_arrive_but_for_its_tail() -> None:
+    rig = Rig("a", cost=msgspec.structs.replace(COST, prefill_tail=0.2))
+    rig.swap_in("a")
+    rig.request("r", "a", 400, 1)  # 0.5 s, of which 0.1 s must come after the 1.5 s of the swap
+    rig.until(10)
+    assert rig.ended() == {"r": pytest.approx(1.6)}
+
+
+def test_what_came_late_has_more_left_to_read() -> None:
+    rig = Rig("a", cost=msgspec.structs.replace(COST, prefill_tail=0.2))
+    rig.swap_in("a")
+    rig.until(1.3)
+    rig.request("r", "a", 400, 1)
+    rig.until(10)
+    assert rig.ended() == {"r": pytest.approx(1.3 + 0.5)}
+
+
+def test_nothing_is_read_while_others_compute() -> None:
+    rig = Rig("a", "b", cost=msgspec.structs.replace(COST, prefill_tail=0.2))
+    rig.swap_in("a")
+    rig.until(10)
+    rig.request("r", "a", 400, 101)  # 0.5 s and 1 s
+    rig.swap_in("b")
+    rig.request("s", "b", 400, 1)
+    rig.until(20)
+    assert rig.ended()["r"] == pytest.approx(11.5)
+    assert rig.ended()["s"] == pytest.approx(12.0)  # until 11.5 r computed, then b had arrived
+
+
+def test_swaps_wait_for_the_engines_step() -> None:
+    rig = Rig("a", "b", "c", cost=msgspec.structs.replace(COST, swaps_wait=True))
+    for model in ("a", "b"):
+        rig.swap_in(model)
+    rig.until(10)
+    rig.request("r", "a", 400, 101)  # its prompt is one step, until 10.5
+    rig.until(10.2)
+    rig.swap_out("b")
+    rig.until(10.7)  # in a step again: of 0.01 s, half of which is to come
+    assert [name for name in rig.names() if name.endswith("SwapOutCompleted")] == []
+    rig.until(10.8)
+    assert "10.75 SwapOutCompleted" in rig.names()
+    rig.swap_in("c")
+    rig.until(20)
+    assert "12.305 SwapInCompleted" in rig.names()

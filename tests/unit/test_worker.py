@@ -211,6 +211,29 @@ def test_a_slow_arrival_is_called_off_long_before_its_end(tmp_path: Path) -> Non
     control.close()
 
 
+def test_an_idle_model_leaves_while_a_forward_waits_for_weights(tmp_path: Path) -> None:
+    folder = swap_kit.write(tmp_path, swap_kit.DEEP)
+    save_tokenizer(folder)
+    copy_s = 4.0
+    num_bytes = (folder / "model.safetensors").stat().st_size
+    control = Control(14, "--link-gb-per-s", str(num_bytes / copy_s / 1e9))
+    control.add(ModelSpec("m", str(folder)))
+    control.add(spec_of(tmp_path, "llama"))
+    control.swap_in("llama")
+    control.send(ipc.SwapIn("m"))
+    control.expect(ipc.Arriving)
+    control.send(ipc.Submit(request("a", [1, 2], "m", max_tokens=1)))
+    readable, _, _ = select.select([control.sock], [], [], copy_s * 0.2)
+    assert readable == []
+    began = time.monotonic()
+    control.send(ipc.SwapOut("llama"))
+    assert control.expect(ipc.SwappedOut).model == "llama"
+    assert time.monotonic() - began < copy_s / 4
+    assert control.expect(ipc.SwappedIn).model == "m"
+    assert len(control.answers(1)["a"].tokens) == 1
+    control.close()
+
+
 def test_shutdown_ends_running_requests(tmp_path: Path, control: Control) -> None:
     control.add(spec_of(tmp_path, "llama"))
     control.swap_in("llama")

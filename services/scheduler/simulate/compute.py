@@ -105,10 +105,12 @@ class Compute:
         "_prompts",
         "_rounds",
         "_turn_s",
+        "idle_since_s",
     )
 
     def __init__(self, cost: CostModel) -> None:
         self._cost = cost
+        self.idle_since_s = 0.0  # while there is nothing to do
         self._at_s = 0.0
         self._rounds = 0.0
         self._num_models = 0  # that have decoding rows
@@ -127,6 +129,7 @@ class Compute:
             turns = (now - self._at_s) / turn_s
             self._rounds += turns  # those without rows hurt nobody
             self._left_s -= turns * self._chunk_s
+            self.idle_since_s = now
         self._at_s = now
 
     def next_s(self) -> float:
@@ -138,6 +141,12 @@ class Compute:
         if self._chunk_s:
             wait = min(wait, self._left_s / self._chunk_s)
         return self._at_s + max(0.0, wait) * self._turn_s if self._turn_s else math.inf
+
+    def step_left_s(self) -> float:
+        """Until the step that is under way ends: the rest of a chunk, or half a model's round."""
+        if self._chunk_s:
+            return min(self._left_s, self._chunk_s)
+        return self._turn_s / self._num_models / 2 if self._num_models else 0.0
 
     def pop_prompt(self) -> Sequence | None:
         """The sequence whose prompt is just read, if any; it does not decode yet."""

@@ -36,17 +36,22 @@ class CostModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefill_fixed_s: float = 0.008  # of every prompt
     prefill_s_per_token: float = 36e-6
     prefill_chunk_tokens: int = 1_000_000  # between two decode rounds; so many: prompts go first
+    prefill_tail: float = 1.0  # share of a prompt that is read after the last weights came, or more
     decode_fixed_s: float = 0.008  # of every round of a model
     decode_s_per_row: float = 0.00012
     kv_bytes_per_token: int = 0  # 0: KV limits nothing
     load_bytes_per_s: float = 2e9  # disk -> host image
+    swaps_wait: bool = False  # the engine begins swaps between two steps, not beside one
     register_s: float = 0.1
+    request_s: float = 0.0  # of every first token, on top: HTTP, queue, stream
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
             value = getattr(self, name)
             if math.isnan(value) or value < 0 or (value == 0 and name in _NEVER_ZERO):
                 raise SimulateError(f"cost model: {name} = {value!r} makes no sense")
+        if self.prefill_tail > 1:
+            raise SimulateError(f"cost model: prefill_tail = {self.prefill_tail!r} is more than 1")
 
     def swap_in_s(self, num_bytes: int) -> float:
         """Seconds on the link to bring in ``num_bytes``."""
@@ -61,6 +66,11 @@ class CostModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def prefill_s(self, num_tokens: int) -> float:
         """Seconds of a whole prompt that has the GPU to itself."""
         return self.prefill_fixed_s + num_tokens * self.prefill_s_per_token
+
+    def prefill_left_s(self, num_tokens: int, read_s: float) -> float:
+        """The same, after ``read_s`` seconds of it while the last weights were still to come."""
+        whole_s = self.prefill_s(num_tokens)
+        return max(whole_s - read_s, whole_s * self.prefill_tail) if read_s else whole_s
 
     def decode_s(self, num_models: int, num_rows: int) -> float:
         """Seconds of one decode round of a GPU where ``num_models`` have rows."""

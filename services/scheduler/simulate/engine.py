@@ -33,6 +33,7 @@ class SimReplica(Lane):
         "kept_bytes",
         "num_rows_max",
         "queue",
+        "ready_s",
         "state",
         "waiting_since",
     )
@@ -56,6 +57,7 @@ class SimReplica(Lane):
         )
         self.job = 0
         self.began_s: float | None = None  # when the link began with it
+        self.ready_s = 0.0  # when it may
         self.waiting_since = 0.0
         self.kept_bytes = 0  # of its weights, on the device when the swap-in was taken up
         self.copy_bytes = 0
@@ -104,8 +106,20 @@ class Engine:
             self._memory.kv_tokens += sequence.tokens
             self._compute.add(sequence)
         self._world.num_suspended -= len(replica.rows)
+        if not replica.rows:
+            self._start_early(replica)
         self.pull(replica)
         self._arm()
+
+    def _start_early(self, replica: SimReplica) -> None:
+        """Take the first request; its prompt was read while weights came, as far as they were
+        there and nothing else computed.
+        """
+        if self._cost.prefill_tail >= 1 or not replica.queue.waiting or replica.began_s is None:
+            return
+        first = replica.queue.waiting[0]
+        since_s = max(first.at_s, replica.began_s, self._compute.idle_since_s)
+        self.start(replica, self._world.now - since_s)
 
     def suspend(self, replica: SimReplica) -> None:
         """Its requests stop where they are."""
@@ -114,6 +128,13 @@ class Engine:
         self._memory.kv_tokens -= sum(sequence.tokens for sequence in replica.rows)
         self._world.num_suspended += len(replica.rows)
         self._arm()
+
+    def swap_wait_s(self) -> float:
+        """How long a swap has to wait for the engine."""
+        if not self._cost.swaps_wait:
+            return 0.0
+        self._compute.advance(self._world.now)
+        return self._compute.step_left_s()
 
     def forget(self, replica: SimReplica) -> None:
         """It is about to leave: it takes no more."""
@@ -129,14 +150,17 @@ class Engine:
         self._short_of_kv[replica] = None
         return False
 
-    def start(self, replica: SimReplica) -> None:
-        """Take the first request of the queue. `compute` must have been advanced to now."""
+    def start(self, replica: SimReplica, read_s: float = 0.0) -> None:
+        """Take the first request of the queue. `compute` must have been advanced to now.
+
+        ``read_s``: so long its prompt could be read already.
+        """
         world = self._world
         sequence = replica.queue.waiting.popleft()
         world.num_queued -= 1
         sequence.attempt += 1
         sequence.started_s = now = world.now
-        sequence.reset(self._cost.prefill_s(sequence.input_tokens))
+        sequence.reset(self._cost.prefill_left_s(sequence.input_tokens, read_s))
         sequence.lane = replica
         replica.rows[sequence] = None
         self._memory.kv_tokens += sequence.input_tokens + sequence.output_tokens

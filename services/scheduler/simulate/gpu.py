@@ -206,6 +206,7 @@ class SimGpu:
         self._move(replica, "swapping_in")
         replica.waiting_since = waiting_since
         replica.began_s = None
+        replica.ready_s = self.world.now + self.engine.swap_wait_s()
         self._link.append(replica)
         if self._link[0] is replica:
             self._copy_next()
@@ -215,11 +216,12 @@ class SimGpu:
         if not self._link:
             return
         replica = self._link[0]
-        replica.began_s = self.world.now
+        replica.began_s = max(self.world.now, replica.ready_s)
         tokens = sum(sequence.kept_tokens for sequence in replica.rows)
         replica.copy_bytes = replica.size.weight_bytes - replica.kept_bytes
         num_bytes = replica.copy_bytes + tokens * self.cost.kv_bytes_per_token
-        self._later(replica, self.cost.swap_in_s(num_bytes), self._when_swapped_in)
+        wait_s = replica.began_s - self.world.now
+        self._later(replica, wait_s + self.cost.swap_in_s(num_bytes), self._when_swapped_in)
 
     def _when_swapped_in(self, replica: SimReplica) -> None:
         self._link.popleft()
@@ -268,17 +270,19 @@ class SimGpu:
         if not replica.rows:
             self._unmap(replica)
         elif preempt:
+            wait_s = max(self.engine.swap_wait_s(), self.cost.suspend_s)
             self.engine.suspend(replica)
             self.world.counts.num_preemptions += 1
             self._move(replica, "swapping_out")
-            self._later(replica, self.cost.suspend_s, self._when_swapped_out)
+            self._later(replica, wait_s, self._when_swapped_out)
         elif replica.state == "resident":
             self._move(replica, "draining")
 
     def _unmap(self, replica: SimReplica) -> None:
         """Nothing runs on it any more."""
         self._move(replica, "swapping_out")
-        self._later(replica, self.cost.swap_out_s, self._when_swapped_out)
+        wait_s = self.engine.swap_wait_s()
+        self._later(replica, wait_s + self.cost.swap_out_s, self._when_swapped_out)
 
     def _when_swapped_out(self, replica: SimReplica) -> None:
         self._move(replica, "host")

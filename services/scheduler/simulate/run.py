@@ -142,6 +142,7 @@ class Simulation:
             for name in (f"gpu{number}" for number in range(gpus.count))
         }
         self._sizes = gpus
+        self._cost = cost
         self._num_open = 0
         self._num_inputs = 0
         self._is_ticking = False
@@ -264,7 +265,7 @@ class Simulation:
         self._num_open -= 1
         self.world.queues[model].num_open -= 1
         index = sequence.index
-        self.ttft_s[index] = sequence.first_s - sequence.at_s
+        self.ttft_s[index] = sequence.first_s - sequence.at_s + self._cost.request_s
         further = sequence.output_tokens - 1
         decode_s = self.world.now - sequence.first_s
         self.tpot_s[index] = decode_s / further if further > 0 else 0.0
