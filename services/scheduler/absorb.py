@@ -32,7 +32,8 @@ def absorb(state: ClusterState, event: Input, now: float) -> None:
     """Move the belief by ``event``, seen at ``now`` (unix seconds)."""
     match event:
         case Demand():
-            state.add_waiter(Waiter(event.request_id, event.model, event.klass, event.at))
+            who = (event.request_id, event.model, event.klass, event.at, event.tenant)
+            state.add_waiter(Waiter(*who), now)
         case RequestStarted():
             state.remove_waiter(event.model, event.request_id, event.at)
             _started(state, event.gpu, event.model, now)
@@ -40,7 +41,9 @@ def absorb(state: ClusterState, event: Input, now: float) -> None:
             state.remove_waiter(event.model, event.request_id, event.at)
             _ended(state, event, now)
         case RequestWithdrawn():
-            state.remove_waiter(event.model, event.request_id, event.at)
+            waiter = state.remove_waiter(event.model, event.request_id, event.at)
+            if waiter and waiter.tenant is not None and state.config.fair_shares:
+                state.shares.refund(waiter.tenant, now)
         case QueueDepths():
             state.match_depths(event.depths, event.at)
         case AgentStatus():
@@ -161,6 +164,9 @@ def _started(state: ClusterState, gpu: str, model: str, now: float) -> None:
 
 
 def _ended(state: ClusterState, event: RequestEnded, now: float) -> None:
+    if state.config.fair_shares:
+        took_s = event.timing.prefill_s + event.timing.decode_s
+        state.shares.settle(event.tenant, took_s, now)
     replica = state.find_replica(event.gpu, event.model)
     if replica:
         num = replica.in_flight

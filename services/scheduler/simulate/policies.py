@@ -13,7 +13,13 @@ from services.scheduler.simulate.run import Gpus, Options, Result, simulate
 from services.scheduler.simulate.workload import Workload
 from services.scheduler.state import PolicyConfig
 
-_BASELINE = {"placement": "memory", "order": "arrival", "preemption": "off", "replicate": False}
+_BASELINE = {
+    "placement": "memory",
+    "order": "arrival",
+    "preemption": "off",
+    "replicate": False,
+    "fair_shares": False,
+}
 
 ABOUT = {
     "hotswap": "as shipped",
@@ -106,6 +112,7 @@ def _dedicated(
         decide_s=_sum(result.decide_s for result in results),
         simulated_s=max(result.simulated_s for result in results),
         took_s=sum(result.took_s for result in results),
+        tenants=workload.tenants(),
     )
 
 

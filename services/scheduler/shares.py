@@ -1,0 +1,89 @@
+"""What each tenant has used lately, and who has had more than a fair share of it.
+
+A *tenant* is who a request is for: the hash of an API key, or "" for all who give none. Fair is an
+equal part for everybody who was there lately::
+
+    used_s        seconds of prefill and decode, half of it forgotten every `HALF_LIFE_S`
+    fair_s        used_s of all tenants / how many they are + `ALLOWANCE_S`
+    beyond        used_s > `TOLERANCE` x fair_s
+
+A request is charged when it comes, with what requests take on average, and settled when it ends:
+else a burst would cost nothing until the first of its answers ended. All of it is forgotten at one
+rate, so who is beyond is changed by requests, not by time, but for the allowance. Of one tenant
+alone that is never true.
+"""
+
+HALF_LIFE_S = 60.0
+TOLERANCE = 1.25
+ALLOWANCE_S = 5.0  # whoever has used no more than this is no matter how little the others use
+FORGET_S = 0.01  # an account with less than this in it is closed
+MOST_ACCOUNTS = 1024  # past it the one that was quiet for longest is closed
+_FIRST_GUESS_S = 1.0  # of what a request takes
+_WEIGHT = 0.05  # of the newest request in that
+
+
+class Account:
+    """Seconds used, as of ``at`` (unix seconds)."""
+
+    __slots__ = ("at", "used_s")
+
+    def __init__(self, at: float) -> None:
+        self.used_s = 0.0
+        self.at = at
+
+    def add(self, used_s: float, now: float) -> None:
+        """Never less than nothing."""
+        self.used_s = max(0.0, self.used_at(now) + used_s)
+        self.at = max(self.at, now)
+
+    def used_at(self, now: float) -> float:
+        """What of it is not forgotten."""
+        passed_s = now - self.at
+        return self.used_s * 0.5 ** (passed_s / HALF_LIFE_S) if passed_s > 0 else self.used_s
+
+
+class Shares:
+    """The accounts of all tenants, the one that was quiet for longest first."""
+
+    def __init__(self) -> None:
+        self.accounts: dict[str, Account] = {}
+        self.total = Account(0.0)
+        self.request_s = _FIRST_GUESS_S  # a moving average of what requests took
+
+    def charge(self, tenant: str, now: float) -> None:
+        """A request came at ``now``."""
+        self._add(tenant, self.request_s, now)
+
+    def refund(self, tenant: str, now: float) -> None:
+        """It left before it was served."""
+        self._add(tenant, -self.request_s, now)
+
+    def settle(self, tenant: str, took_s: float, now: float) -> None:
+        """It ended: it took so long on a GPU."""
+        self._add(tenant, took_s - self.request_s, now)
+        self.request_s += (took_s - self.request_s) * _WEIGHT
+
+    def is_beyond(self, tenant: str, now: float) -> bool:
+        """Whether ``tenant`` has used more than its fair share, and a little more than that."""
+        account = self.accounts.get(tenant)
+        if account is None or len(self.accounts) == 1:
+            return False
+        fair_s = self.total.used_at(now) / len(self.accounts) + ALLOWANCE_S
+        return account.used_at(now) > TOLERANCE * fair_s
+
+    def _add(self, tenant: str, used_s: float, now: float) -> None:
+        account = self.accounts.pop(tenant, None) or Account(now)
+        self.accounts[tenant] = account  # the last one: it is not quiet
+        before_s = account.used_at(now)
+        account.add(used_s, now)
+        self.total.add(account.used_s - before_s, now)
+        self._close_some(now)
+
+    def _close_some(self, now: float) -> None:
+        while self.accounts:
+            tenant, account = next(iter(self.accounts.items()))
+            left_s = account.used_at(now)
+            if left_s >= FORGET_S and len(self.accounts) <= MOST_ACCOUNTS:
+                return
+            del self.accounts[tenant]
+            self.total.add(-left_s, now)
