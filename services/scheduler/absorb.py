@@ -36,7 +36,7 @@ def absorb(state: ClusterState, event: Input, now: float) -> None:
             state.add_waiter(Waiter(*who), now)
         case RequestStarted():
             state.remove_waiter(event.model, event.request_id, event.at)
-            _started(state, event.gpu, event.model, now)
+            _started(state, event, now)
         case RequestEnded():
             state.remove_waiter(event.model, event.request_id, event.at)
             _ended(state, event, now)
@@ -150,10 +150,13 @@ def _unload(state: ClusterState, event: ModelUnloaded, now: float) -> None:
     replica.in_flight = 0
 
 
-def _started(state: ClusterState, gpu: str, model: str, now: float) -> None:
+def _started(state: ClusterState, event: RequestStarted, now: float) -> None:
     """Between statuses; the next status sets it right if an event was lost or came twice."""
-    replica = state.find_replica(gpu, model)
+    replica = state.find_replica(event.gpu, event.model)
     if replica:
+        if state.config.fair_shares:
+            place = (event.gpu, event.model)
+            state.shares.note_start(place, event.tenant, is_first=not replica.in_flight)
         # On average over its requests; the newest has no slack yet.
         num = replica.in_flight
         slack_s = state.slack_s(replica, now) if num else 0.0
@@ -171,6 +174,8 @@ def _ended(state: ClusterState, event: RequestEnded, now: float) -> None:
     if replica:
         num = replica.in_flight
         replica.in_flight = max(0, num - 1)
+        if state.config.fair_shares:
+            state.shares.note_end((event.gpu, event.model), event.tenant, is_last=num <= 1)
         replica.last_used = now
         timing = event.timing
         tempo = state.tempo(event.model)

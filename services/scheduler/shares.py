@@ -13,6 +13,8 @@ rate, so who is beyond is changed by requests, not by time, but for the allowanc
 alone that is never true.
 """
 
+from typing import TypeAlias
+
 HALF_LIFE_S = 60.0
 TOLERANCE = 1.25
 ALLOWANCE_S = 5.0  # whoever has used no more than this is no matter how little the others use
@@ -20,6 +22,9 @@ FORGET_S = 0.01  # an account with less than this in it is closed
 MOST_ACCOUNTS = 1024  # past it the one that was quiet for longest is closed
 _FIRST_GUESS_S = 1.0  # of what a request takes
 _WEIGHT = 0.05  # of the newest request in that
+
+
+Place: TypeAlias = tuple[str, str]  # GPU and model
 
 
 class Account:
@@ -34,7 +39,7 @@ class Account:
     def add(self, used_s: float, now: float) -> None:
         """Never less than nothing."""
         self.used_s = max(0.0, self.used_at(now) + used_s)
-        self.at = max(self.at, now)
+        self.at = now
 
     def used_at(self, now: float) -> float:
         """What of it is not forgotten."""
@@ -49,6 +54,7 @@ class Shares:
         self.accounts: dict[str, Account] = {}
         self.total = Account(0.0)
         self.request_s = _FIRST_GUESS_S  # a moving average of what requests took
+        self._running: dict[Place, dict[str, int]] = {}  # tenant -> how many of its requests
 
     def charge(self, tenant: str, now: float) -> None:
         """A request came at ``now``."""
@@ -63,15 +69,53 @@ class Shares:
         self._add(tenant, took_s - self.request_s, now)
         self.request_s += (took_s - self.request_s) * _WEIGHT
 
-    def is_beyond(self, tenant: str, now: float) -> bool:
-        """Whether ``tenant`` has used more than its fair share, and a little more than that."""
+    def is_beyond(self, tenant: str) -> bool:
+        """Whether ``tenant`` had used more than its fair share, and a little more than that, when
+        anybody's account changed last.
+        """
         account = self.accounts.get(tenant)
         if account is None or len(self.accounts) == 1:
             return False
-        fair_s = self.total.used_at(now) / len(self.accounts) + ALLOWANCE_S
-        return account.used_at(now) > TOLERANCE * fair_s
+        fair_s = self.total.used_s / len(self.accounts) + ALLOWANCE_S
+        return account.used_at(self.total.at) > TOLERANCE * fair_s
+
+    # -- who runs where --------------------------------------------------------------------
+
+    def note_start(self, place: Place, tenant: str, *, is_first: bool) -> None:
+        """A request started at ``place``; ``is_first``: nothing else runs there."""
+        if is_first:
+            self._running.pop(place, None)
+        there = self._running.setdefault(place, {})
+        there[tenant] = there.get(tenant, 0) + 1
+
+    def note_end(self, place: Place, tenant: str, *, is_last: bool) -> None:
+        """It ended; ``is_last``: nothing else runs there, whatever else was missed."""
+        there = self._running.get(place)
+        if there is None:
+            return
+        num = there.pop(tenant, 0)
+        if num > 1:
+            there[tenant] = num - 1
+        if is_last or not there:
+            del self._running[place]
+
+    def all_beyond(self, place: Place) -> bool:
+        """Whether all requests there, as far as they are known, are of tenants beyond theirs."""
+        there = self._running.get(place)
+        if not there or len(self.accounts) == 1:
+            return False
+        return all(self.is_beyond(tenant) for tenant in there)
+
+    def faults(self) -> list[str]:
+        """What is wrong, as text."""
+        at = self.total.at
+        sum_s = sum(account.used_at(at) for account in self.accounts.values())
+        if abs(sum_s - self.total.used_s) > 1e-6 * (1.0 + sum_s):
+            return [f"tenants have used {sum_s} s, and {self.total.used_s} s are on the books"]
+        return []
 
     def _add(self, tenant: str, used_s: float, now: float) -> None:
+        now = max(now, self.total.at)
         account = self.accounts.pop(tenant, None) or Account(now)
         self.accounts[tenant] = account  # the last one: it is not quiet
         before_s = account.used_at(now)

@@ -272,6 +272,15 @@ class ClusterState:
         rate = self.tempo(replica.model).slack_per_s(self.token_target_s(replica.model))
         return replica.slack_s + passed_s * rate
 
+    def yields(self, replica: Replica) -> bool:
+        """It is busy with nothing but requests of tenants that had more than their share."""
+        if not self.config.fair_shares or not replica.in_flight:
+            return False
+        line = self.waiting.get(replica.model)
+        if line is not None and not line.earliest.put_back_s:
+            return False
+        return self.shares.all_beyond((replica.gpu, replica.model))
+
     def is_idle(self, replica: Replica) -> bool:
         """Nobody runs on it, is suspended there, or waits for its model."""
         return replica.in_flight == 0 and replica.model not in self.waiting
@@ -330,7 +339,7 @@ class ClusterState:
             line = self.waiting[waiter.model] = WaitingLine()
         tenant = waiter.tenant
         if tenant is not None and self.config.fair_shares and waiter.request_id not in line:
-            if self.shares.is_beyond(tenant, now):
+            if self.shares.is_beyond(tenant):
                 waiter = msgspec.structs.replace(waiter, put_back_s=self.config.put_back_s)
             self.shares.charge(tenant, now)
         line.add(waiter, due_at)

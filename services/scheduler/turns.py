@@ -197,7 +197,10 @@ def turns_of(state: "ClusterState", model: str) -> list[Turn]:
         if first:
             since, due_at = min(since, first.earliest.at), min(due_at, first.due_at)
         request_id = first.earliest.request_id if first else ""
-        turns.append(Turn(model, replica.gpu, since, request_id, due_at, priority))
+        put_back_s = state.config.put_back_s if state.yields(replica) else 0.0
+        turns.append(
+            Turn(model, replica.gpu, since, request_id, due_at, priority, put_back_s=put_back_s)
+        )
     if first and not suspended:
         waiter = first.earliest
         who = (model, "", waiter.at, waiter.request_id)

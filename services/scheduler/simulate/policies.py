@@ -23,6 +23,7 @@ _BASELINE = {
 
 ABOUT = {
     "hotswap": "as shipped",
+    "hotswap-no-shares": "as shipped, but tenants do not matter",
     "hotswap-infinite-link": "as shipped, swaps cost nothing: the most that can be reached",
     "lru": "who was used longest ago leaves; first come, first served; no preemption",
     "gdsf": "who is least worth its bytes leaves; else as lru",
@@ -45,6 +46,8 @@ def policy(name: str, cost: CostModel) -> Policy:
     match name:
         case "hotswap" | "dedicated":
             return Policy(name, PolicyConfig(), cost, name == "dedicated")
+        case "hotswap-no-shares":
+            return Policy(name, config_with(fair_shares=False), cost)
         case "hotswap-infinite-link":
             return Policy(name, PolicyConfig(), cost.infinite_link())
         case "lru" | "gdsf" | "belady":
