@@ -117,17 +117,17 @@ class Shares:
     def _add(self, tenant: str, used_s: float, now: float) -> None:
         now = max(now, self.total.at)
         account = self.accounts.pop(tenant, None) or Account(now)
-        self.accounts[tenant] = account  # the last one: it is not quiet
         before_s = account.used_at(now)
         account.add(used_s, now)
+        self.accounts[tenant] = account  # the last one: it is not quiet
         self.total.add(account.used_s - before_s, now)
-        self._close_some(now)
-
-    def _close_some(self, now: float) -> None:
+        if account.used_s < FORGET_S:
+            self._close(tenant, now)
         while self.accounts:
-            tenant, account = next(iter(self.accounts.items()))
-            left_s = account.used_at(now)
-            if left_s >= FORGET_S and len(self.accounts) <= MOST_ACCOUNTS:
+            quiet, account = next(iter(self.accounts.items()))
+            if account.used_at(now) >= FORGET_S and len(self.accounts) <= MOST_ACCOUNTS:
                 return
-            del self.accounts[tenant]
-            self.total.add(-left_s, now)
+            self._close(quiet, now)
+
+    def _close(self, tenant: str, now: float) -> None:
+        self.total.add(-self.accounts.pop(tenant).used_at(now), now)
