@@ -7,10 +7,9 @@ equal part for everybody who was there lately::
     fair_s        used_s of all tenants / how many they are + `ALLOWANCE_S`
     beyond        used_s > `TOLERANCE` x fair_s
 
-A request is charged when it comes, with what requests take on average, and settled when it ends:
-else a burst would cost nothing until the first of its answers ended. All of it is forgotten at one
-rate, so who is beyond is changed by requests, not by time, but for the allowance. Of one tenant
-alone that is never true.
+A request is charged `CHARGE_S` when it comes, and what it really took when it ends: else a burst
+would cost nothing until the first of its answers ended. All of it is forgotten at one rate, so who
+is beyond is changed by requests, not by time, but for the allowance. Who is alone never is.
 """
 
 from typing import TypeAlias
@@ -20,8 +19,7 @@ TOLERANCE = 1.25
 ALLOWANCE_S = 5.0  # whoever has used no more than this is no matter how little the others use
 FORGET_S = 0.01  # an account with less than this in it is closed
 MOST_ACCOUNTS = 1024  # past it the one that was quiet for longest is closed
-_FIRST_GUESS_S = 1.0  # of what a request takes
-_WEIGHT = 0.05  # of the newest request in that
+CHARGE_S = 1.0
 
 
 Place: TypeAlias = tuple[str, str]  # GPU and model
@@ -53,21 +51,19 @@ class Shares:
     def __init__(self) -> None:
         self.accounts: dict[str, Account] = {}
         self.total = Account(0.0)
-        self.request_s = _FIRST_GUESS_S  # a moving average of what requests took
         self._running: dict[Place, dict[str, int]] = {}  # tenant -> how many of its requests
 
     def charge(self, tenant: str, now: float) -> None:
         """A request came at ``now``."""
-        self._add(tenant, self.request_s, now)
+        self._add(tenant, CHARGE_S, now)
 
     def refund(self, tenant: str, now: float) -> None:
         """It left before it was served."""
-        self._add(tenant, -self.request_s, now)
+        self._add(tenant, -CHARGE_S, now)
 
     def settle(self, tenant: str, took_s: float, now: float) -> None:
         """It ended: it took so long on a GPU."""
-        self._add(tenant, took_s - self.request_s, now)
-        self.request_s += (took_s - self.request_s) * _WEIGHT
+        self._add(tenant, took_s - CHARGE_S, now)
 
     def is_beyond(self, tenant: str) -> bool:
         """Whether ``tenant`` had used more than its fair share, and a little more than that, when

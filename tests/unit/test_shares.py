@@ -7,6 +7,7 @@ from schemas.events import RequestStarted
 from services.scheduler.inputs import Demand, Input
 from services.scheduler.shares import (
     ALLOWANCE_S,
+    CHARGE_S,
     FORGET_S,
     HALF_LIFE_S,
     MOST_ACCOUNTS,
@@ -17,7 +18,7 @@ from services.scheduler.simulate.policies import config_with
 from services.scheduler.simulate.report import summarize
 from services.scheduler.simulate.run import Gpus, Options, Result, simulate
 from services.scheduler.simulate.workload import DEFAULT_SIZE, Workload, poisson, together
-from services.scheduler.state import ClusterState, PolicyConfig
+from services.scheduler.state import PolicyConfig
 from tests.unit.decide_story import EPOCH, GPU, Story, on, running
 
 AT = 1000.0
@@ -39,10 +40,9 @@ def used(**seconds: float) -> Shares:
 def test_a_request_is_charged_when_it_comes_and_settled_when_it_ends() -> None:
     shares = Shares()
     shares.charge("t", AT)
-    assert shares.accounts["t"].used_s == shares.request_s == 1.0
+    assert shares.accounts["t"].used_s == shares.total.used_s == CHARGE_S
     shares.settle("t", 3.0, AT)
     assert shares.accounts["t"].used_s == shares.total.used_s == 3.0
-    assert shares.request_s == pytest.approx(1.1)  # the next one is charged a bit more
 
 
 def test_who_leaves_before_being_served_has_used_nothing() -> None:
@@ -91,8 +91,8 @@ def test_who_is_alone_is_never_beyond() -> None:
 
 
 def test_little_use_is_never_too_much() -> None:
-    assert not used(t=ALLOWANCE_S, other=FORGET_S).is_beyond("t")
-    assert used(t=10 * ALLOWANCE_S, other=FORGET_S).is_beyond("t")
+    assert not used(t=ALLOWANCE_S, other=2 * FORGET_S).is_beyond("t")
+    assert used(t=10 * ALLOWANCE_S, other=2 * FORGET_S).is_beyond("t")
 
 
 def test_a_burst_is_beyond_before_the_first_of_it_ends() -> None:
@@ -135,7 +135,7 @@ def contended(**seconds: float) -> Story:
     story.replica("a").resident_since = story.now + 100.0
     story.state.shares = Shares()
     for tenant, took_s in seconds.items():
-        story.state.shares.settle(tenant, took_s, story.now)
+        story.state.shares.settle(tenant, took_s + CHARGE_S, story.now)
     return story
 
 
@@ -201,7 +201,7 @@ def test_without_fair_shares_nobody_asks_who_it_is_for() -> None:
     story.now += 1.0
     story.demand("r2", "c", tenant="modest")
     assert next_is("b", "r1", story)
-    assert story.state.shares.accounts["greedy"].used_s == 99.0
+    assert story.state.shares.accounts["greedy"].used_s == 100.0
 
 
 def test_the_ends_of_requests_are_what_counts() -> None:
@@ -214,7 +214,7 @@ def test_the_ends_of_requests_are_what_counts() -> None:
     story.demand("r3", "b", tenant="modest")
     before_s = story.state.shares.total.used_s
     story.withdrawn("r3", "b")
-    assert story.state.shares.total.used_s == pytest.approx(before_s - story.state.shares.request_s)
+    assert story.state.shares.total.used_s == pytest.approx(before_s - CHARGE_S)
 
 
 # -- who gives way -------------------------------------------------------------------------
@@ -269,6 +269,16 @@ def test_nor_for_a_batch_request_that_has_time() -> None:
     assert story.tick(1.2) == []
 
 
+def test_the_state_knows_who_started_what() -> None:
+    story = running(on("a", "resident", 60))
+    story.tell(RequestStarted(GPU, "a", "r1", story.now, 1, 0.0, "t"))
+    story.state.shares.settle("t", 50.0, story.now)
+    story.state.shares.settle("other", 2.0, story.now)
+    assert story.state.yields(story.replica("a"))
+    story.ended("r1", "a", tenant="t")
+    assert not story.state.yields(story.replica("a"))
+
+
 # -- over minutes --------------------------------------------------------------------------
 
 
@@ -308,13 +318,3 @@ def test_a_flood_does_not_drown_who_asks_for_little() -> None:
     assert fair.num_failed == 0
     assert share_in_time(fair, "polite") > 0.9 * alone
     assert share_in_time(unfair, "polite") < 0.6 * alone
-
-
-def test_the_state_knows_who_started_what() -> None:
-    state = ClusterState(1)
-    assert state.shares.accounts == {}
-    story = running(on("a", "resident", 60))
-    story.tell(RequestStarted(GPU, "a", "r1", story.now, 1, 0.0, "t"))
-    story.state.shares.settle("t", 50.0, story.now)
-    story.state.shares.settle("other", 1.0, story.now)
-    assert story.state.yields(story.replica("a"))
