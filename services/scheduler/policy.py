@@ -304,6 +304,8 @@ def _preemptible(
     able = slack_victims(state, agent, newcomer, now)
     if turn.put_back_s or turn.due_at > now + config.ttft_target_s:
         return able
+    if not state.shares.are_compared:
+        return able
     yielding = [r for r in busy_victims(state, agent, now) if state.yields(r)]
     return [*yielding, *(r for r in able if r not in yielding)] if yielding else able
 

@@ -53,6 +53,11 @@ class Shares:
         self.total = Account(0.0)
         self._running: dict[Place, dict[str, int]] = {}  # tenant -> how many of its requests
 
+    @property
+    def are_compared(self) -> bool:
+        """There was more than one tenant lately: else nobody can be beyond anything."""
+        return len(self.accounts) > 1
+
     def charge(self, tenant: str, now: float) -> None:
         """A request came at ``now``."""
         self._add(tenant, CHARGE_S, now)
@@ -70,7 +75,7 @@ class Shares:
         anybody's account changed last.
         """
         account = self.accounts.get(tenant)
-        if account is None or len(self.accounts) == 1:
+        if account is None or not self.are_compared:
             return False
         fair_s = self.total.used_s / len(self.accounts) + ALLOWANCE_S
         return account.used_at(self.total.at) > TOLERANCE * fair_s
@@ -98,7 +103,7 @@ class Shares:
     def all_beyond(self, place: Place) -> bool:
         """Whether all requests there, as far as they are known, are of tenants beyond theirs."""
         there = self._running.get(place)
-        if not there or len(self.accounts) == 1:
+        if not there:
             return False
         return all(self.is_beyond(tenant) for tenant in there)
 

@@ -274,7 +274,7 @@ class ClusterState:
 
     def yields(self, replica: Replica) -> bool:
         """It is busy with nothing but requests of tenants that had more than their share."""
-        if not self.config.fair_shares or not replica.in_flight:
+        if not self.shares.are_compared or not replica.in_flight:
             return False
         line = self.waiting.get(replica.model)
         if line is not None and not line.earliest.put_back_s:

@@ -59,8 +59,9 @@ class Walk(Cluster):
         request_id = f"r{self.num_requests}"
         self.queue[request_id] = model
         self.steps_left[request_id] = LENGTHS[self.num_requests % len(LENGTHS)]
-        names = tuple(TENANTS)
-        tenant = self.tenants[request_id] = names[self.num_requests // 2 % len(names)]
+        names = tuple(TENANTS)  # as a rule a model is asked for by one of them
+        whose = self.num_requests if self.num_requests % 4 == 0 else ord(model)
+        tenant = self.tenants[request_id] = names[whose % len(names)]
         if is_seen:
             self.tell(Demand(request_id, model, "interactive", self.now, tenant))
 
