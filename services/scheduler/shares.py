@@ -21,7 +21,6 @@ FORGET_S = 0.01  # an account with less than this in it is closed
 MOST_ACCOUNTS = 1024  # past it the one that was quiet for longest is closed
 CHARGE_S = 1.0
 
-
 Place: TypeAlias = tuple[str, str]  # GPU and model
 
 

@@ -104,6 +104,10 @@ class WaitingLine:
     def __iter__(self) -> Iterator[Waiter]:
         return (self._by_id[place[-1]] for place in self._ordered)
 
+    def by_due_time(self) -> list[Waiter]:
+        """All of them as if none were put back."""
+        return [self._by_id[place[-1]] for place in sorted(self._ordered, key=_due)]
+
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._by_id
 
@@ -375,7 +379,8 @@ class ClusterState:
         """
         for model in dict.fromkeys([*self.waiting, *depths]):
             expected = max(0, depths.get(model, 0) - self.num_in_flight(model))
-            counted = [w for w in self.waiting.get(model, ()) if w.at <= at]
+            line = self.waiting.get(model)
+            counted = [w for w in line.by_due_time() if w.at <= at] if line is not None else []
             for waiter in counted[: max(0, len(counted) - expected)]:
                 self.drop_waiter(model, waiter.request_id)
             if model not in self.deployments:
@@ -401,6 +406,10 @@ class ClusterState:
         """Raise `InvariantViolation` unless all that must hold, holds."""
         if wrong := invariants.faults(self):
             raise InvariantViolation("; ".join(wrong))
+
+
+def _due(place: _Place) -> tuple[float, float, str]:
+    return place[1:]
 
 
 def _too_large(facts: ModelFacts, largest_budget_bytes: int) -> str:

@@ -205,7 +205,7 @@ def turns_of(state: "ClusterState", model: str) -> list[Turn]:
         waiter = first.earliest
         who = (model, "", waiter.at, waiter.request_id)
         turns.append(Turn(*who, first.due_at, priority, put_back_s=waiter.put_back_s))
-    return sorted(turns, key=lambda turn: turn.order)
+    return sorted(turns, key=lambda turn: (turn.level, turn.order))
 
 
 def _is_too_slow(state: "ClusterState", model: str) -> bool:

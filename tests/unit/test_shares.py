@@ -1,10 +1,11 @@
 """Fair shares: what tenants have used, whose turn that makes it, and who gives way."""
 
+import msgspec
 import pytest
 
 from schemas.commands import Command, SwapIn, SwapOut
 from schemas.events import RequestStarted
-from services.scheduler.inputs import Demand, Input
+from services.scheduler.inputs import Demand, DeploymentAdded, Input, QueueDepths
 from services.scheduler.shares import (
     ALLOWANCE_S,
     CHARGE_S,
@@ -19,7 +20,7 @@ from services.scheduler.simulate.report import summarize
 from services.scheduler.simulate.run import Gpus, Options, Result, simulate
 from services.scheduler.simulate.workload import DEFAULT_SIZE, Workload, poisson, together
 from services.scheduler.state import PolicyConfig
-from tests.unit.decide_story import EPOCH, GPU, Story, on, running
+from tests.unit.decide_story import EPOCH, GPU, Story, on, running, spec
 
 AT = 1000.0
 A = ("gpu0", "a")
@@ -192,6 +193,24 @@ def test_a_model_that_others_wait_for_too_is_not_put_back() -> None:
     story.now += 0.5
     story.demand("r3", "c", tenant="modest")
     assert next_is("b", "r2", story)
+
+
+def test_what_the_queue_does_not_hold_any_more_is_the_oldest_whoever_asked() -> None:
+    story = contended(greedy=100.0, modest=1.0)
+    story.demand("r1", "b", tenant="greedy")
+    story.now += 1.0
+    story.demand("r2", "b", tenant="modest")
+    assert [waiter.request_id for waiter in story.state.waiting["b"]] == ["r2", "r1"]
+    story.tell(QueueDepths({"a": 1, "b": 1}, at=story.now + 0.1))  # a start was missed
+    assert [waiter.request_id for waiter in story.state.waiting["b"]] == ["r2"]
+
+
+def test_a_higher_priority_goes_first_also_beyond_its_share() -> None:
+    story = contended(greedy=100.0, modest=1.0)
+    story.tell(DeploymentAdded(msgspec.structs.replace(spec("b"), priority=1)))
+    story.demand("r1", "b", tenant="greedy")
+    story.demand("r2", "c", tenant="modest")
+    assert next_is("b", "r1", story)
 
 
 def test_without_fair_shares_nobody_asks_who_it_is_for() -> None:
