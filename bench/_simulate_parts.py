@@ -14,7 +14,7 @@ from services.scheduler.simulate.cost import H100, CostModel
 from services.scheduler.simulate.policies import Policy, config_with, policy, run_policy
 from services.scheduler.simulate.presets import preset
 from services.scheduler.simulate.run import Gpus
-from services.scheduler.simulate.workload import GB, ModelSize, Workload, poisson
+from services.scheduler.simulate.workload import GB, ModelSize, Workload, poisson, together
 
 QUICK_S: Final = 600.0  # of every workload
 WORSE_AT_MOST: Final = 0.5  # points of the share of first tokens within 2 s, against LRU
@@ -35,6 +35,16 @@ LINK_GB_PER_S: Final = (6, 16, 32, 64)
 SIZES_GB: Final = (4, 8, 16, 32)
 LOADS: Final = (0.25, 0.5, 1.5, 2.0)
 QUANTA_S: Final = (0.25, 0.5, 2.0, 4.0)
+
+# One tenant floods two GPUs with many models, another wants no more than one of the two could do.
+FAIR_S: Final = 600.0
+FAIR_GPUS: Final = 2
+POLITE_MODELS: Final = 8
+POLITE_RATE_PER_S: Final = 0.5
+FLOOD_MODELS: Final = 24
+FLOOD_TIMES: Final = (4, 8)  # the rate of the polite one
+FAIR_OF_ALONE: Final = 0.95  # of what the polite one gets alone on its part of the GPUs
+FAIR_OVER_WITHOUT: Final = 1.5
 
 
 class Lab:
@@ -94,6 +104,34 @@ def knee(lab: Lab) -> None:
     found = lab.compare(lab.workload("tail115"), KNEE_GPUS, policies)
     name = f"tail115 on {KNEE_GPUS}: gap closed"
     lab.bench.target(name, report.gap_of(found), at_least=GAP_CLOSED)
+
+
+def fairness(lab: Lab) -> None:
+    """First tokens of a polite tenant beside one that floods, with fair shares and without."""
+    duration_s = FAIR_S / 4 if lab.bench.quick else FAIR_S
+    size = ModelSize(16 * GB)
+    mine = {f"polite{number}": size for number in range(POLITE_MODELS)}
+    theirs = {f"flood{number:02}": size for number in range(FLOOD_MODELS)}
+    polite = poisson(mine, POLITE_RATE_PER_S, duration_s, seed=1, tenant="polite")
+    part = run_policy(polite, Gpus(FAIR_GPUS // 2), policy("hotswap", H100))
+    alone = report.share_below(part, report.TTFT_S)
+    lab.bench.value("fairness: polite tenant alone on half of the GPUs", alone)
+    for times in FLOOD_TIMES:
+        rate = times * POLITE_RATE_PER_S
+        flood = poisson(theirs, rate, duration_s, seed=2, tenant="flood")
+        both = together(f"fairness, flood of {times} x", polite, flood)
+        policies = [policy(name, H100) for name in ("hotswap", "hotswap-no-shares", "lru")]
+        found = lab.compare(both, FAIR_GPUS, policies)
+        ours, without, _ = (one.tenants["polite"].share_ttft_2s for one in found.values())
+        for name, one in found.items():
+            figure = one.tenants["flood"].share_ttft_2s
+            lab.bench.value(f"flood of {times} x, {name}: flood's first token < 2 s", figure)
+        what = f"flood of {times} x: polite tenant's first token < 2 s"
+        lab.bench.value(what, ours)
+        lab.bench.value(f"{what}, without shares", without)
+        lab.bench.target(f"{what}, of alone", ours / alone, at_least=FAIR_OF_ALONE, unit="x")
+        over = ours / without
+        lab.bench.target(f"{what}, over without", over, at_least=FAIR_OVER_WITHOUT, unit="x")
 
 
 # -- sensitivity ---------------------------------------------------------------------------

@@ -4,8 +4,8 @@ A request event is a Demand, a RequestStarted or a RequestEnded. The cluster is 
 one tells: a DeploymentAdded of each model, an AgentStatus of each GPU (an image of every model,
 four of them resident), then requests. Of a hundred, 98 are for models on some GPU; two are for
 models on none, and what `decide` commands for those is answered as agents would. One request runs
-per GPU, on average. All request events count, those that swap something included; what answers to
-commands cost is a figure of its own.
+per GPU, on average, for one of ten tenants. All request events count, those that swap something
+included; what answers to commands cost is a figure of its own.
 
 Two axes: 100, 1,000 and 10,000 models on 16 GPUs; 100 models on 4, 32, 250 and 1,000 GPUs. Growth
 may be no more than a logarithm's: ln 10,000 / ln 100 = 2 and ln 1,000 / ln 4 = 5.
@@ -151,13 +151,15 @@ class Cluster:
     def _warm_request(self, one: Round) -> None:
         model = self._model_that_is(resident=True)
         request_id = self._next_id()
-        self._tell(Demand(request_id, model, "interactive", self._now), one.warm["Demand"])
+        demand = Demand(request_id, model, "interactive", self._now, _tenant(request_id))
+        self._tell(demand, one.warm["Demand"])
         self._start(one, request_id, model)
 
     def _cold_request(self, one: Round) -> None:
         model = self._model_that_is(resident=False)
         request_id = self._next_id()
-        self._tell(Demand(request_id, model, "interactive", self._now), one.deciding)
+        demand = Demand(request_id, model, "interactive", self._now, _tenant(request_id))
+        self._tell(demand, one.deciding)
         self._answer_all(one)
         while not self._where[model]:  # nobody could leave for it
             if self._running:
@@ -180,16 +182,17 @@ class Cluster:
 
     def _start(self, one: Round, request_id: str, model: str) -> None:
         gpu = self._rng.choice(list(self._where[model]))
-        started = RequestStarted(gpu, model, request_id, self._now, 1, 0.0)
+        who = (gpu, model, request_id, self._now)
+        started = RequestStarted(*who, 1, 0.0, _tenant(request_id))
         self._tell(started, one.warm["RequestStarted"])
         self._running.append(Running(request_id, gpu, model))
 
     def _end_one(self, one: Round) -> None:
         ended = self._running.popleft()
         timing = RequestTiming(0.0, 0.05, 0.5)
-        event = RequestEnded(
-            ended.gpu, ended.model, ended.request_id, self._now, "stop", 100, 50, timing
-        )
+        who = (ended.gpu, ended.model, ended.request_id, self._now)
+        tenant = _tenant(ended.request_id)
+        event = RequestEnded(*who, "stop", 100, 50, timing, tenant=tenant)
         self._tell(event, one.warm["RequestEnded"])
 
     def _next_id(self) -> str:
@@ -265,6 +268,12 @@ class Cluster:
         )
         commands = decide(self.state, status, self._now)
         assert not commands, commands
+
+
+def _tenant(request_id: str) -> str:
+    """One of ten has half of all requests."""
+    number = int(request_id.removeprefix("request-"))
+    return f"tenant{number % 10 if number % 2 else 0}"
 
 
 def _mean(costs: Sequence[Cost]) -> float:

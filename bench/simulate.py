@@ -6,6 +6,7 @@
     arena27       ten minutes of a chat arena, on 2
     mixed         models of 8 to 64 GB, on 8
     knee          tail115 on 5: the share of LRU's loss that is gained back
+    fairness      a tenant that floods two GPUs, beside a polite one
     sensitivity   fixed cost, link, sizes, load and quantum, each against LRU
 
 tail115, market87, arena27 and knee need ``--traces DIR``, and are left out without it. ``--part``
@@ -25,6 +26,7 @@ PARTS: dict[str, Callable[[parts.Lab], None]] = {
     "tail115": parts.tail,
     **{name: partial(parts.share, name=name) for name in parts.SHARES},
     "knee": parts.knee,
+    "fairness": parts.fairness,
     "sensitivity": parts.sensitivity,
 }
 NEED_TRACES = ("tail115", "market87", "arena27", "knee")

@@ -268,6 +268,10 @@ def _headers(msg_id: str) -> Json:
         "properties": {
             "Nats-Msg-Id": {"type": "string", "description": msg_id},
             "traceparent": {"type": "string", "description": "W3C trace context."},
+            names.HEADER_TENANT: {
+                "type": "string",
+                "description": "Who the request is for: a hash of the client's API key.",
+            },
         },
         "required": ["Nats-Msg-Id"],
     }

@@ -169,6 +169,7 @@ class RequestStarted(msgspec.Struct, frozen=True, tag="hotswap.request.v1.starte
     at: float
     attempt: int
     queue_wait_s: float
+    tenant: str = ""
 
 
 class RequestEnded(msgspec.Struct, frozen=True, tag="hotswap.request.v1.ended"):
@@ -183,6 +184,7 @@ class RequestEnded(msgspec.Struct, frozen=True, tag="hotswap.request.v1.ended"):
     completion_tokens: int
     timing: RequestTiming
     error: ErrorCode | None = None
+    tenant: str = ""
 
 
 class RequestWithdrawn(msgspec.Struct, frozen=True, tag="hotswap.request.v1.withdrawn"):

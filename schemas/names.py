@@ -22,6 +22,8 @@ BUCKET_LEASES = "HS_LEASES"
 
 LEADER_KEY = "scheduler.leader"
 
+HEADER_TENANT = "Hotswap-Tenant"  # of queued requests, and so of demand; left out where it is ""
+
 _SAFE = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
 _HEX = frozenset("0123456789ABCDEF")
 

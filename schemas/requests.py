@@ -2,6 +2,9 @@
 
 The request carries its own reply subject: tokens come back there over core NATS, while
 the queue's acknowledgement stays between the agent and JetStream.
+
+``tenant``: who it is for, as a hash of the client's API key; "" where it gave none. The key itself
+never leaves the api.
 """
 
 from typing import Final, TypeAlias
@@ -85,6 +88,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag="hotswap.request.v1.gener
     reply_to: str  # core NATS subject for `schemas.stream` chunks
     created_at: float  # unix seconds, when the api admitted it
     deadline_at: float  # unix seconds; after this nobody waits for the answer
+    tenant: str = ""
 
 
 class EmbedRequest(msgspec.Struct, frozen=True, tag="hotswap.request.v1.embed"):
@@ -101,6 +105,7 @@ class EmbedRequest(msgspec.Struct, frozen=True, tag="hotswap.request.v1.embed"):
     created_at: float  # unix seconds, when the api admitted it
     deadline_at: float  # unix seconds; after this nobody waits for the answer
     dimensions: int | None = None  # None: all; fewer are the first ones, normalised again
+    tenant: str = ""
 
 
 Request: TypeAlias = GenerateRequest | EmbedRequest

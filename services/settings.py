@@ -140,6 +140,7 @@ class SchedulerSettings(_Section, frozen=True):
     preemption: Literal["slack", "off"] = "slack"  # busy models with slack give way; off: none does
     replicate: bool = True  # a model that is too busy for one GPU may be on several
     starvation_s: float = 10.0  # a model that waited this long goes first, whatever else
+    fair_shares: bool = True  # who used more of the GPUs than others waits behind them
 
     def __post_init__(self) -> None:
         _positive(self, "run_quantum_s", "lease_ttl_s", "reconcile_s", "retry_failed_s")

@@ -19,6 +19,7 @@ from services.api.openai import ModelList
 from services.api.parsing import Parsed, parse_chat, parse_completion
 from services.api.relay import Relay
 from services.api.respond import respond
+from services.api.tenants import tenant_of
 from services.api.tracing import Traced, request_id_of
 from services.bus import Bus
 from services.telemetry import ATTR_MODEL
@@ -77,7 +78,9 @@ async def embeddings(request: HttpRequest, state: State) -> ASGIApp:
     relay: Relay = state.relay
     catalog.require(parsed.model, "embed", parsed.dimensions or 0)
     request_id = request_id_of(request.scope)
-    call = await relay.open_embed(request_id, parsed.model, parsed.inputs, parsed.dimensions)
+    tenant = tenant_of(request.headers.get("authorization"))
+    what = (parsed.model, parsed.inputs, parsed.dimensions)
+    call = await relay.open_embed(request_id, *what, tenant=tenant)
     return await respond_embeddings(parsed, call, relay, request.receive)
 
 
@@ -94,7 +97,9 @@ async def _generate(request: HttpRequest, state: State, parsed: Parsed) -> ASGIA
     relay: Relay = state.relay
     catalog.require(parsed.model)
     request_id = request_id_of(request.scope)
-    call = await relay.open(request_id, parsed.model, parsed.prompt, parsed.sampling)
+    tenant = tenant_of(request.headers.get("authorization"))
+    what = (parsed.model, parsed.prompt, parsed.sampling)
+    call = await relay.open(request_id, *what, tenant=tenant)
     return await respond(parsed, call, relay, request.receive)
 
 

@@ -82,7 +82,13 @@ class Relay:
         self._undo_hook = self._bus.on_reconnect(self._queue_again)
 
     async def open(
-        self, request_id: str, model: str, prompt: Prompt, sampling: SamplingParams
+        self,
+        request_id: str,
+        model: str,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        *,
+        tenant: str = "",
     ) -> Call:
         """Queue a request. Raises ApiError where it can not be queued."""
         now = time.time()
@@ -96,11 +102,18 @@ class Relay:
                 reply_to=f"{self._bus.inbox}.r.{request_id}",
                 created_at=now,
                 deadline_at=now + self._timeout_s,
+                tenant=tenant,
             )
         )
 
     async def open_embed(
-        self, request_id: str, model: str, inputs: tuple[EmbedInput, ...], dimensions: int | None
+        self,
+        request_id: str,
+        model: str,
+        inputs: tuple[EmbedInput, ...],
+        dimensions: int | None,
+        *,
+        tenant: str = "",
     ) -> Call:
         """Queue a request for embeddings. Raises ApiError where it can not be queued."""
         now = time.time()
@@ -114,6 +127,7 @@ class Relay:
                 created_at=now,
                 deadline_at=now + self._timeout_s,
                 dimensions=dimensions,
+                tenant=tenant,
             )
         )
 

@@ -90,6 +90,8 @@ class WorkQueue:
         """
         left_s = max(1, round(request.deadline_at - time.time()))
         headers = self._bus.headers(Nats_Msg_Id=request.request_id, Nats_TTL=f"{left_s}s")
+        if request.tenant:
+            headers[names.HEADER_TENANT] = request.tenant
         subject = names.request_subject(request.klass, request.model)
         try:
             return await self._bus.store(subject, msgspec.json.encode(request), headers)

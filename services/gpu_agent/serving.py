@@ -120,7 +120,13 @@ class Serving:
         wait_s = now - request.created_at
         await self._reporter.event(
             RequestStarted(
-                self._gpu, request.model, request.request_id, now, flight.attempt, wait_s
+                self._gpu,
+                request.model,
+                request.request_id,
+                now,
+                flight.attempt,
+                wait_s,
+                request.tenant,
             )
         )
         self._telling.span(flight, telemetry.SPAN_QUEUE_WAIT, request.created_at, now)
@@ -309,6 +315,7 @@ class Serving:
                 completion_tokens=flight.num_tokens,
                 timing=timing,
                 error=error,
+                tenant=flight.request.tenant,
             )
         )
         await self._freed(flight.replica)

@@ -34,15 +34,18 @@ def absorb(state: ClusterState, event: Input, now: float) -> None:
         case Demand():
             if event.model in state.deployments:
                 state.tempo(event.model).note_demand(event.at)
-            state.add_waiter(Waiter(event.request_id, event.model, event.klass, event.at))
+            who = (event.request_id, event.model, event.klass, event.at, event.tenant)
+            state.add_waiter(Waiter(*who), now)
         case RequestStarted():
             state.remove_waiter(event.model, event.request_id, event.at)
-            _started(state, event.gpu, event.model, now)
+            _started(state, event, now)
         case RequestEnded():
             state.remove_waiter(event.model, event.request_id, event.at)
             _ended(state, event, now)
         case RequestWithdrawn():
-            state.remove_waiter(event.model, event.request_id, event.at)
+            waiter = state.remove_waiter(event.model, event.request_id, event.at)
+            if waiter and waiter.tenant is not None and state.config.fair_shares:
+                state.shares.refund(waiter.tenant, now)
         case QueueDepths():
             state.match_depths(event.depths, event.at)
         case AgentStatus():
@@ -149,10 +152,13 @@ def _unload(state: ClusterState, event: ModelUnloaded, now: float) -> None:
     replica.in_flight = 0
 
 
-def _started(state: ClusterState, gpu: str, model: str, now: float) -> None:
+def _started(state: ClusterState, event: RequestStarted, now: float) -> None:
     """Between statuses; the next status sets it right if an event was lost or came twice."""
-    replica = state.find_replica(gpu, model)
+    replica = state.find_replica(event.gpu, event.model)
     if replica:
+        if state.config.fair_shares:
+            place = (event.gpu, event.model)
+            state.shares.note_start(place, event.tenant, is_first=not replica.in_flight)
         # On average over its requests; the newest has no slack yet.
         num = replica.in_flight
         slack_s = state.slack_s(replica, now) if num else 0.0
@@ -163,10 +169,15 @@ def _started(state: ClusterState, gpu: str, model: str, now: float) -> None:
 
 
 def _ended(state: ClusterState, event: RequestEnded, now: float) -> None:
+    if state.config.fair_shares:
+        took_s = event.timing.prefill_s + event.timing.decode_s
+        state.shares.settle(event.tenant, took_s, now)
     replica = state.find_replica(event.gpu, event.model)
     if replica:
         num = replica.in_flight
         replica.in_flight = max(0, num - 1)
+        if state.config.fair_shares:
+            state.shares.note_end((event.gpu, event.model), event.tenant, is_last=num <= 1)
         replica.last_used = now
         timing = event.timing
         tempo = state.tempo(event.model)

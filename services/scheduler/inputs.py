@@ -41,6 +41,7 @@ class Demand(msgspec.Struct, frozen=True, tag="hotswap.scheduler.v1.demand"):
     model: str
     klass: RequestClass
     at: float
+    tenant: str = ""
 
 
 class QueueDepths(msgspec.Struct, frozen=True, tag="hotswap.scheduler.v1.queue_depths"):

@@ -33,6 +33,7 @@ def faults(state: "ClusterState") -> list[str]:
     wrong += _line_faults(state)
     wrong += _plan_faults(state)
     wrong += _index_faults(state)
+    wrong += state.shares.faults()
     return wrong
 
 

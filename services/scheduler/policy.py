@@ -203,9 +203,10 @@ def weigh(
     3. host image there, and idle victims make room: evict them.
     4. no host image, but the room is there or idle victims would make it: load.
     5. host image there, and busy victims make room that can spare the time, or that had their
-       quantum if the turn has waited for very long: evict. They are preempted: their requests are
-       suspended, and wait for their own turn. Those of a deployment that must not be interrupted
-       are drained.
+       quantum if the turn has waited for very long, or if they serve only who has had more than a
+       fair share and the turn is for others, and soon due: evict. They are preempted: their
+       requests are suspended, and wait for their own turn. Those of a deployment that must not be
+       interrupted are drained.
     6. no host image, and no room in sight: load, so that it is ready when there is.
     7. host image there, overdue: claim.
     8. no host image, and host memory is full of images of models on the device or with suspended
@@ -307,11 +308,17 @@ def _preemptible(
         return []
     if _is_starving(state, newcomer, turn, now):
         return busy_victims(state, agent, now)
-    return slack_victims(state, agent, newcomer, now)
+    able = slack_victims(state, agent, newcomer, now)
+    if turn.put_back_s or turn.due_at > now + config.ttft_target_s:
+        return able
+    if not state.shares.are_compared:
+        return able
+    yielding = [r for r in busy_victims(state, agent, now) if state.yields(r)]
+    return [*yielding, *(r for r in able if r not in yielding)] if yielding else able
 
 
 def _is_starving(state: ClusterState, newcomer: Replica, turn: Turn, now: float) -> bool:
-    return now - turn.since > max(state.config.starvation_s, _PATIENCE * newcomer.swap_in_s)
+    return now - turn.waits_since > max(state.config.starvation_s, _PATIENCE * newcomer.swap_in_s)
 
 
 def _is_worth_it(

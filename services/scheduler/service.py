@@ -122,6 +122,7 @@ class Leader:
             starvation_s=knobs.starvation_s,
             preemption=knobs.preemption,
             replicate=knobs.replicate,
+            fair_shares=knobs.fair_shares,
             retry_s=knobs.retry_failed_s,
         )
         self.state = ClusterState(leadership.epoch, config)
@@ -256,6 +257,7 @@ class Leader:
                 model=_unescape(token),
                 klass="batch" if klass == "batch" else "interactive",
                 at=datetime.fromisoformat(stamp).timestamp() if stamp else time.time(),
+                tenant=header_of(headers, _TENANT),
             )
         )
 
@@ -338,6 +340,7 @@ class Leader:
                 self._created_at = min(self._created_at, record.created_at or self._created_at)
 
 
+_TENANT = names.HEADER_TENANT.encode()
 _event_decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
 _status_decoder = msgspec.json.Decoder(AgentStatus)
 _unescape = functools.lru_cache(maxsize=16_384)(names.unescape)

@@ -12,7 +12,7 @@ Only `decide` writes to it. Dicts keep insertion order, which is the order of de
 
 from bisect import insort
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -22,6 +22,7 @@ from services.scheduler import invariants
 from services.scheduler.estimates import Tempo
 from services.scheduler.index import Index
 from services.scheduler.replica import Agent, Replica
+from services.scheduler.shares import Shares
 from services.scheduler.turns import Line
 
 MIB = 2**20
@@ -52,6 +53,8 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     preemption: Literal["slack", "off"] = "slack"
     replicate: bool = True  # another replica of a model that is served, but too slowly,
     crowd: int = 8  # where each has so many requests
+    fair_shares: bool = True  # who used more than others waits behind them,
+    put_back_s: float = 10.0  # but for so much longer at most than `starvation_s`
     retry_s: float = 10.0  # first retry of a failed replica; doubles with each failure
     retry_max_s: float = 300.0
     command_timeout_s: float = 60.0  # an unanswered command is sent again
@@ -64,17 +67,26 @@ class InvariantViolation(Exception):
     """`ClusterState.validate` found what must never be; the text lists all of it."""
 
 
+_Place: TypeAlias = tuple[float, float, float, str]  # (put back, due at, at, id)
+
+
 class Waiter(msgspec.Struct, frozen=True):
-    """One request in the work queue that no agent has started."""
+    """One request in the work queue that no agent has started.
+
+    ``tenant``: None where nobody told, as after another leader. ``put_back_s``: how much longer it
+    may wait than others, where its tenant had more than its share when it came; else 0.
+    """
 
     request_id: str
     model: str
     klass: RequestClass
     at: float  # unix seconds, when it entered the queue
+    tenant: str | None = None
+    put_back_s: float = 0.0
 
 
 class WaitingLine:
-    """The waiters of one model, the one due first first.
+    """The waiters of one model, the one due first first; after them those that are put back.
 
     ``decided_at``: when the first command for the first one's switch was given (unix seconds);
     before that, whatever was decided for those before it.
@@ -85,46 +97,54 @@ class WaitingLine:
     def __init__(self) -> None:
         self.decided_at = 0.0
         self._by_id: dict[str, Waiter] = {}
-        self._ordered: list[tuple[float, float, str]] = []  # (due at, at, id)
+        self._ordered: list[_Place] = []
 
     def __len__(self) -> int:
         return len(self._ordered)
 
     def __iter__(self) -> Iterator[Waiter]:
-        return (self._by_id[request_id] for _, _, request_id in self._ordered)
+        return (self._by_id[place[-1]] for place in self._ordered)
+
+    def by_due_time(self) -> list[Waiter]:
+        """All of them as if none were put back."""
+        return [self._by_id[place[-1]] for place in sorted(self._ordered, key=_due)]
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._by_id
 
     @property
     def earliest(self) -> Waiter:
-        """The one due first."""
-        return self._by_id[self._ordered[0][2]]
+        """The first of them."""
+        return self._by_id[self._ordered[0][-1]]
 
     @property
     def order(self) -> tuple[float, float, str]:
         """Where its first waiter comes among those of other models; ties broken for replays."""
-        return self._ordered[0]
+        put_back_s, due_at, at, request_id = self._ordered[0]
+        return (due_at + put_back_s, at, request_id)
 
     @property
     def due_at(self) -> float:
-        return self._ordered[0][0]
+        return self._ordered[0][1]
 
     def add(self, waiter: Waiter, due_at: float) -> None:
         """Take a place in line; an id that is already there keeps the place it has."""
         if waiter.request_id not in self._by_id:
             self._by_id[waiter.request_id] = waiter
-            insort(self._ordered, (due_at, waiter.at, waiter.request_id))
+            insort(self._ordered, (waiter.put_back_s, due_at, waiter.at, waiter.request_id))
 
     def note_decision(self, now: float) -> None:
         """A command is given now for the first waiter; only its first one counts."""
         if self.decided_at < self.earliest.at:
             self.decided_at = max(now, self.earliest.at)  # the two clocks may differ
 
-    def remove(self, request_id: str) -> bool:
-        """Whether it was in line."""
-        if self._by_id.pop(request_id, None) is None:
-            return False
-        at = next(i for i, (_, _, waits) in enumerate(self._ordered) if waits == request_id)
-        del self._ordered[at]
-        return True
+    def remove(self, request_id: str) -> Waiter | None:
+        """The one that leaves; None if it was not in line."""
+        waiter = self._by_id.pop(request_id, None)
+        if waiter is not None:
+            at = next(i for i, place in enumerate(self._ordered) if place[-1] == request_id)
+            del self._ordered[at]
+        return waiter
 
     def is_sorted(self) -> bool:
         return self._ordered == sorted(self._ordered)
@@ -184,6 +204,7 @@ class ClusterState:
         self.line = Line()
         self.holds = Holds()
         self.tempos: dict[str, Tempo] = {}  # how fast models write
+        self.shares = Shares()  # what tenants have used
         self.with_ttl: dict[str, float] = {}  # models that leave after so many idle seconds
         self.inflation = 0.0  # what the last victim was worth, where an eviction policy counts that
         # When a model is wanted next (model, now -> unix seconds): known to simulations only.
@@ -256,6 +277,15 @@ class ClusterState:
         rate = self.tempo(replica.model).slack_per_s(self.token_target_s(replica.model))
         return replica.slack_s + passed_s * rate
 
+    def yields(self, replica: Replica) -> bool:
+        """It is busy with nothing but requests of tenants that had more than their share."""
+        if not self.shares.are_compared or not replica.in_flight:
+            return False
+        line = self.waiting.get(replica.model)
+        if line is not None and not line.earliest.put_back_s:
+            return False
+        return self.shares.all_beyond((replica.gpu, replica.model))
+
     def is_idle(self, replica: Replica) -> bool:
         """Nobody runs on it, is suspended there, or waits for its model."""
         return replica.in_flight == 0 and replica.model not in self.waiting
@@ -300,7 +330,7 @@ class ClusterState:
 
     # -- waiters ---------------------------------------------------------------------------
 
-    def add_waiter(self, waiter: Waiter) -> None:
+    def add_waiter(self, waiter: Waiter, now: float) -> None:
         """Put it in line, unless its model is unknown or it has been started already."""
         if waiter.model not in self.deployments:
             return
@@ -312,23 +342,33 @@ class ClusterState:
         line = self.waiting.get(waiter.model)
         if line is None:
             line = self.waiting[waiter.model] = WaitingLine()
+        tenant = waiter.tenant
+        if tenant is not None and self.config.fair_shares and waiter.request_id not in line:
+            if self.shares.is_beyond(tenant):
+                waiter = msgspec.structs.replace(waiter, put_back_s=self.config.put_back_s)
+            self.shares.charge(tenant, now)
         line.add(waiter, due_at)
         self.index.waiting_changed(waiter.model)
 
-    def remove_waiter(self, model: str, request_id: str, at: float) -> None:
-        """It was started or withdrawn at ``at``; remembered for a demand that comes late."""
+    def remove_waiter(self, model: str, request_id: str, at: float) -> Waiter | None:
+        """It was started or withdrawn at ``at``; remembered for a demand that comes late.
+
+        None if it was not in line.
+        """
         self.gone.pop(request_id, None)
         self.gone[request_id] = at
         if len(self.gone) > NUM_GONE_REQUESTS:
             del self.gone[next(iter(self.gone))]
-        self.drop_waiter(model, request_id)
+        return self.drop_waiter(model, request_id)
 
-    def drop_waiter(self, model: str, request_id: str) -> None:
+    def drop_waiter(self, model: str, request_id: str) -> Waiter | None:
         line = self.waiting.get(model)
-        if line is not None and line.remove(request_id):
+        waiter = line.remove(request_id) if line is not None else None
+        if waiter is not None:
             if not line:
                 del self.waiting[model]
             self.index.waiting_changed(model)
+        return waiter
 
     def match_depths(self, depths: dict[str, int], at: float) -> None:
         """Make each line as long as the queue was at ``at``, less what agents have in flight.
@@ -340,14 +380,16 @@ class ClusterState:
         """
         for model in dict.fromkeys([*self.waiting, *depths]):
             expected = max(0, depths.get(model, 0) - self.num_in_flight(model))
-            counted = [w for w in self.waiting.get(model, ()) if w.at <= at]
+            line = self.waiting.get(model)
+            counted = [w for w in line.by_due_time() if w.at <= at] if line is not None else []
             for waiter in counted[: max(0, len(counted) - expected)]:
                 self.drop_waiter(model, waiter.request_id)
             if model not in self.deployments:
                 continue
             for _ in range(expected - len(counted)):
                 self.num_recovered += 1
-                self.add_waiter(Waiter(f"recovered-{self.num_recovered}", model, "interactive", at))
+                request_id = f"recovered-{self.num_recovered}"
+                self.add_waiter(Waiter(request_id, model, "interactive", at), at)
 
     # -- plans -----------------------------------------------------------------------------
 
@@ -365,6 +407,10 @@ class ClusterState:
         """Raise `InvariantViolation` unless all that must hold, holds."""
         if wrong := invariants.faults(self):
             raise InvariantViolation("; ".join(wrong))
+
+
+def _due(place: _Place) -> tuple[float, float, str]:
+    return place[1:]
 
 
 def _too_large(facts: ModelFacts, largest_budget_bytes: int) -> str:

@@ -19,11 +19,14 @@ when they have used up what they were ahead of their target. The line is ordered
       > starvation_s        due > now
 
 Those in time go before those that are late anyway, but nobody waits for ever.
+
+Turns for tenants that had more than their share (`services.scheduler.shares`) are a line of their
+own behind that one, in the same order. They have waited long when it is ``put_back_s`` longer.
 """
 
 import math
 from collections.abc import Iterator
-from itertools import islice
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from services.scheduler.state import ClusterState
 
 _Key: TypeAlias = tuple[float, float, str, str, str]
+_Level: TypeAlias = tuple[int, bool]  # -priority, is put back
 
 
 class Turn(msgspec.Struct, frozen=True):
@@ -52,11 +56,23 @@ class Turn(msgspec.Struct, frozen=True):
     priority: int = 0
     # Nobody waits: another replica of a model that is served, but too slowly, or a pinned one.
     is_extra: bool = False
+    # All who wait are of tenants beyond their share: how much longer than others they may.
+    put_back_s: float = 0.0
 
     @property
     def order(self) -> _Key:
         """The one due first first; the rest breaks ties so that replays agree."""
         return (self.due_at, self.since, self.request_id, self.model, self.gpu)
+
+    @property
+    def level(self) -> _Level:
+        """The part of the line that it is in, the first one first."""
+        return (-self.priority, self.put_back_s > 0)
+
+    @property
+    def waits_since(self) -> float:
+        """From when on it counts as waiting, where that is a claim on others."""
+        return self.since + self.put_back_s
 
 
 class Line:
@@ -64,9 +80,7 @@ class Line:
 
     def __init__(self) -> None:
         self._turns: dict[str, list[Turn]] = {}  # by model
-        self._levels: SortedDict[int, SortedKeyList[tuple[_Key, Turn], _Key]] = (
-            SortedDict()
-        )  # -priority
+        self._levels: SortedDict[_Level, SortedKeyList[tuple[_Key, Turn], _Key]] = SortedDict()
 
     def __len__(self) -> int:
         return sum(len(level) for level in self._levels.values())
@@ -104,26 +118,34 @@ class Line:
             self._turns[model] = turns
             return
         for turn in was or ():
-            level = self._levels[-turn.priority]
+            level = self._levels[turn.level]
             level.remove((turn.order, turn))
             if not level:
-                del self._levels[-turn.priority]
+                del self._levels[turn.level]
         if turns:
             self._turns[model] = turns
         for turn in turns:
-            if -turn.priority not in self._levels:
-                self._levels[-turn.priority] = SortedKeyList(key=_order)
-            self._levels[-turn.priority].add((turn.order, turn))
+            if turn.level not in self._levels:
+                self._levels[turn.level] = SortedKeyList(key=_order)
+            self._levels[turn.level].add((turn.order, turn))
 
     def in_order(self, now: float, starvation_s: float, most: int) -> Iterator[Turn]:
         """Whose turn it is at ``now``; of long lines ``most`` of each part."""
-        for level in list(self._levels.values()):
-            late = list(islice(level.irange_key(None, _at(now)), most))
-            oldest = sorted(late, key=_since)
-            starving = [turn for _, turn in oldest if now - turn.since > starvation_s]
-            yield from starving
-            yield from [turn for _, turn in islice(level.irange_key(_at(now), None), most)]
-            yield from [turn for _, turn in oldest[len(starving) :]]
+        for _, levels in groupby(list(self._levels.items()), key=_priority):
+            parts = []
+            all_starving: list[tuple[_Key, Turn]] = []
+            for _, level in levels:
+                late = list(islice(level.irange_key(None, _at(now)), most))
+                oldest = sorted(late, key=_since)
+                starving = [one for one in oldest if now - _since(one)[0] > starvation_s]
+                all_starving += starving
+                parts.append((level, oldest[len(starving) :]))
+            if len(parts) > 1:
+                all_starving.sort(key=_since)
+            yield from [turn for _, turn in all_starving]
+            for level, late in parts:
+                yield from [turn for _, turn in islice(level.irange_key(_at(now), None), most)]
+                yield from [turn for _, turn in late]
 
     def everything(self) -> list[Turn]:
         return [turn for level in self._levels.values() for _, turn in level]
@@ -138,7 +160,11 @@ def _at(now: float) -> _Key:
 
 
 def _since(filed: tuple[_Key, Turn]) -> tuple[float, _Key]:
-    return (filed[1].since, filed[0])
+    return (filed[1].waits_since, filed[0])
+
+
+def _priority(filed: tuple[_Level, object]) -> int:
+    return filed[0][0]
 
 
 def line(state: "ClusterState") -> list[Turn]:
@@ -146,7 +172,7 @@ def line(state: "ClusterState") -> list[Turn]:
     suspended = [replica.model for replica in state.suspended_replicas()]
     models = dict.fromkeys([*state.waiting, *suspended, *state.deployments])
     turns = [turn for model in models for turn in turns_of(state, model)]
-    return sorted(turns, key=lambda turn: (-turn.priority, turn.order))
+    return sorted(turns, key=lambda turn: (turn.level, turn.order))
 
 
 def turns_of(state: "ClusterState", model: str) -> list[Turn]:
@@ -171,12 +197,15 @@ def turns_of(state: "ClusterState", model: str) -> list[Turn]:
         if first:
             since, due_at = min(since, first.earliest.at), min(due_at, first.due_at)
         request_id = first.earliest.request_id if first else ""
-        turns.append(Turn(model, replica.gpu, since, request_id, due_at, priority))
-    if first and not suspended:
+        put_back_s = state.config.put_back_s if state.yields(replica) else 0.0
         turns.append(
-            Turn(model, "", first.earliest.at, first.earliest.request_id, first.due_at, priority)
+            Turn(model, replica.gpu, since, request_id, due_at, priority, put_back_s=put_back_s)
         )
-    return sorted(turns, key=lambda turn: turn.order)
+    if first and not suspended:
+        waiter = first.earliest
+        who = (model, "", waiter.at, waiter.request_id)
+        turns.append(Turn(*who, first.due_at, priority, put_back_s=waiter.put_back_s))
+    return sorted(turns, key=lambda turn: (turn.level, turn.order))
 
 
 def _is_too_slow(state: "ClusterState", model: str) -> bool:

@@ -181,7 +181,13 @@ class Agent:
         await self.events.until(SwapInCompleted, model=model, generation=generation)
 
     async def ask(
-        self, name: str, text: str, model: str = "m", left_s: float = 60.0, listen: bool = True
+        self,
+        name: str,
+        text: str,
+        model: str = "m",
+        left_s: float = 60.0,
+        listen: bool = True,
+        tenant: str = "",
     ) -> Log:
         """Queue a request; its chunks appear in the log."""
         api = self._buses["api"]
@@ -194,9 +200,9 @@ class Agent:
         if listen:
             await api.subscribe(reply_to, Chunk, on_chunk)
         now = time.time()
-        sampling = SamplingParams(seed=1)
+        what = (TextPrompt(text), SamplingParams(seed=1))
         request = GenerateRequest(
-            name, model, "interactive", TextPrompt(text), sampling, reply_to, now, now + left_s
+            name, model, "interactive", *what, reply_to, now, now + left_s, tenant
         )
         await self.queue.enqueue(request)
         return chunks

@@ -120,6 +120,8 @@ class ScriptedGpu:
     async def _on_delivery(self, delivery: Delivery) -> None:
         request, now = delivery.request, time.time()
         who = (GPU, request.model, request.request_id, now)
-        await self._event(RequestStarted(*who, attempt=1, queue_wait_s=0.0))
+        tenant = request.tenant
+        await self._event(RequestStarted(*who, attempt=1, queue_wait_s=0.0, tenant=tenant))
         await delivery.ack()
-        await self._event(RequestEnded(*who, "stop", 1, 1, RequestTiming()))
+        timing = RequestTiming(decode_s=1.0)
+        await self._event(RequestEnded(*who, "stop", 1, 1, timing, tenant=tenant))

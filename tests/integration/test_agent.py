@@ -133,7 +133,7 @@ async def test_a_model_that_can_not_be_read_may_be_repaired(agent: Agent) -> Non
 
 async def test_the_chunks_of_an_answer(agent: Agent) -> None:
     await agent.bring_in("m")
-    chunks = await agent.ask("r1", "3")
+    chunks = await agent.ask("r1", "3", tenant="2c70e12b7a0646f9")
     await chunks.until(Finished)
     await agent.queue_is_empty()
     assert [type(chunk) for chunk in chunks.items] == [Started, Tokens, Tokens, Tokens, Finished]
@@ -143,6 +143,7 @@ async def test_the_chunks_of_an_answer(agent: Agent) -> None:
     started = await agent.events.until(RequestStarted, request_id="r1")
     ended = await agent.events.until(RequestEnded, request_id="r1")
     assert (started.attempt, started.queue_wait_s >= 0) == (1, True)
+    assert started.tenant == ended.tenant == "2c70e12b7a0646f9"
     assert (ended.outcome, ended.prompt_tokens, ended.completion_tokens) == ("length", 3, 3)
 
 

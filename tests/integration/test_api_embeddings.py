@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from schemas.state import SwapTrace
+from services.api.tenants import tenant_of
 from services.bus import Delivery
 from tests.integration.api_stack import MODEL, Stack, error_of
 from tests.integration.scripted_agent import FACTS
@@ -28,6 +29,7 @@ async def test_the_official_client_asks_for_base64_and_gets_floats(embeds: Stack
     async def answer() -> None:
         delivery, request = await embeds.agent.next_embed()
         assert request.inputs == ("hello", "there", "you")
+        assert request.tenant == tenant_of("Bearer none")
         swap = SwapTrace(started_at=1.0, total_s=0.25, num_bytes=4096)
         await embeds.agent.started(delivery, "switch", swap)
         await embeds.agent.vectors(delivery, (1.0, 0.25), (0.5, 2.0))

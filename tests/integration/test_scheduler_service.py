@@ -68,7 +68,7 @@ class Cluster:
         for model in SETTINGS.models:
             await self.gpu.commands.until(Load, model=model)
 
-    async def ask(self, name: str, model: str) -> trace.SpanContext:
+    async def ask(self, name: str, model: str, tenant: str = "") -> trace.SpanContext:
         """Queue a request under a span of its own; returns that span's context."""
         outer = trace.SpanContext(
             trace_id=hash(name) % 2**128 or 1,
@@ -86,6 +86,7 @@ class Cluster:
             "_INBOX_api.none",
             now,
             now + 60,
+            tenant,
         )
         with trace.use_span(trace.NonRecordingSpan(outer)):
             self.sequence = await self.queue.enqueue(request)
@@ -161,6 +162,36 @@ async def test_demand_brings_a_model_in(cluster: Cluster, spans: InMemorySpanExp
                 span.context.trace_id,
                 span.context.span_id,
             )
+
+
+async def test_demand_says_who_it_is_for(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Demand | RequestEnded] = []
+    states: list[ClusterState] = []
+
+    def noting(state: ClusterState, event: Input, now: float) -> list[Command]:
+        commands = decide(state, event, now)
+        if isinstance(event, Demand | RequestEnded):
+            told.append(event)
+            states.append(state)
+        return commands
+
+    monkeypatch.setattr(service, "decide", noting)
+    cluster.start_scheduler()
+    await cluster.are_loaded()
+    for name, tenant in (("r1", "2c70e12b7a0646f9"), ("r2", "")):
+        await cluster.ask(name, "a", tenant)
+        await cluster.events.until(RequestEnded, request_id=name)
+
+    async def all_told() -> bool:
+        return len(told) == 4
+
+    await eventually(all_told, "two demands and two ends")
+    assert {(type(event), event.request_id, event.tenant) for event in told} == {
+        (kind, name, tenant)
+        for kind in (Demand, RequestEnded)
+        for name, tenant in (("r1", "2c70e12b7a0646f9"), ("r2", ""))
+    }
+    assert set(states[-1].shares.accounts) <= {"2c70e12b7a0646f9", ""}
 
 
 async def test_what_is_wanted_and_what_users_are_told(cluster: Cluster) -> None:

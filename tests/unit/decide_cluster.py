@@ -28,6 +28,7 @@ CONFIG = PolicyConfig(
 )
 GPUS = {"gpu0": 100, "gpu1": 70}
 HOST_BUDGETS = {"gpu0": 120, "gpu1": 75}  # for weights of 50 + 50 + 20 + 20 + 80
+TENANTS = {"": 0.5, "greedy": 30.0, "modest": 2.0}  # what a request of each takes, in seconds
 TOO_LARGE = "huge"
 PATIENCE_S = 60.0
 QUIET_STEP_S = 0.25
@@ -44,6 +45,7 @@ class Cluster(RuleBasedStateMachine):
         self.agents = {gpu: FakeAgent(gpu, size, HOST_BUDGETS[gpu]) for gpu, size in GPUS.items()}
         self.queue: dict[str, str] = {}  # request id -> model, until it ends
         self.num_requests = 0
+        self.tenants: dict[str, str] = {}  # request id -> who it is for
         self.steps_left: dict[str, int] = {}  # of long answers, in quiet steps
         self.log: list[Entry] = []
         self.commands: list[Command] = []
@@ -71,7 +73,8 @@ class Cluster(RuleBasedStateMachine):
         running = self.running
         for request_id in [r for r, m in self.queue.items() if m == model and r not in running]:
             agent.replicas[model].running.append(request_id)
-            agent.events.append(RequestStarted(agent.gpu, model, request_id, self.now, 1, 0.0))
+            who = (agent.gpu, model, request_id, self.now)
+            agent.events.append(RequestStarted(*who, 1, 0.0, self.tenants[request_id]))
 
     def end_request(self, agent: FakeAgent, model: str, may_cancel: bool) -> None:
         """The oldest one ends. Where it can not compute (its model still arrives, or it is
@@ -86,10 +89,10 @@ class Cluster(RuleBasedStateMachine):
             replica.running.pop(0)
             self.queue.pop(request_id, None)
             outcome: Literal["stop", "cancelled"] = "stop" if replica.may_compute else "cancelled"
-            timing = RequestTiming()
-            agent.events.append(
-                RequestEnded(agent.gpu, model, request_id, self.now, outcome, 1, 1, timing)
-            )
+            tenant = self.tenants[request_id]
+            timing = RequestTiming(decode_s=TENANTS[tenant])
+            who = (agent.gpu, model, request_id, self.now)
+            agent.events.append(RequestEnded(*who, outcome, 1, 1, timing, tenant=tenant))
 
     @invariant()
     def bytes_fit(self) -> None:

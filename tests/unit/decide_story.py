@@ -93,9 +93,11 @@ class Story:
                         host_budget * MIB, host_used * MIB)
         )  # fmt: skip
 
-    def demand(self, request_id: str, model: str, at: float | None = None) -> list[Command]:
+    def demand(
+        self, request_id: str, model: str, at: float | None = None, tenant: str = ""
+    ) -> list[Command]:
         at = self.now if at is None else at
-        return self.tell(Demand(request_id, model, "interactive", at))
+        return self.tell(Demand(request_id, model, "interactive", at, tenant))
 
     def registered(self, model: str, size: int, generation: int = 1) -> list[Command]:
         return self.tell(ModelRegistered(GPU, model, generation, self.now, facts(size)))
@@ -117,14 +119,20 @@ class Story:
     def failed(self, model: str, generation: int, kind: CommandKind) -> list[Command]:
         return self.tell(CommandFailed(GPU, model, generation, self.now, kind, f"{kind} broke"))
 
-    def started(self, request_id: str, model: str) -> list[Command]:
-        return self.tell(RequestStarted(GPU, model, request_id, self.now, 1, 0.0))
+    def started(self, request_id: str, model: str, tenant: str = "") -> list[Command]:
+        return self.tell(RequestStarted(GPU, model, request_id, self.now, 1, 0.0, tenant))
 
     def ended(
-        self, request_id: str, model: str, outcome: Literal["stop", "cancelled"] = "stop"
+        self,
+        request_id: str,
+        model: str,
+        outcome: Literal["stop", "cancelled"] = "stop",
+        tenant: str = "",
+        took_s: float = 0.0,
     ) -> list[Command]:
-        timing = RequestTiming()
-        return self.tell(RequestEnded(GPU, model, request_id, self.now, outcome, 1, 1, timing))
+        who = (GPU, model, request_id, self.now)
+        timing = RequestTiming(decode_s=took_s)
+        return self.tell(RequestEnded(*who, outcome, 1, 1, timing, tenant=tenant))
 
     def withdrawn(self, request_id: str, model: str) -> list[Command]:
         return self.tell(RequestWithdrawn(model, request_id, self.now, "client_left"))

@@ -21,7 +21,7 @@ from schemas.events import (
 from schemas.state import ModelSpec, SwapTrace
 from services.scheduler.inputs import AgentLost, Demand, DeploymentAdded, QueueDepths, Tick
 from tests.unit.decide_agents import SIZES
-from tests.unit.decide_cluster import CONFIG, GPUS, TOO_LARGE, Cluster
+from tests.unit.decide_cluster import CONFIG, GPUS, TENANTS, TOO_LARGE, Cluster
 
 FATES = ("once", "once", "once", "twice", "never")
 LENGTHS = (1, 2, 10)  # of answers, in quarter seconds
@@ -59,8 +59,11 @@ class Walk(Cluster):
         request_id = f"r{self.num_requests}"
         self.queue[request_id] = model
         self.steps_left[request_id] = LENGTHS[self.num_requests % len(LENGTHS)]
+        names = tuple(TENANTS)  # as a rule a model is asked for by one of them
+        whose = self.num_requests if self.num_requests % 4 == 0 else ord(model)
+        tenant = self.tenants[request_id] = names[whose % len(names)]
         if is_seen:
-            self.tell(Demand(request_id, model, "interactive", self.now))
+            self.tell(Demand(request_id, model, "interactive", self.now, tenant))
 
     @precondition(lambda self: self.queue)
     @rule(where=st.floats(0.0, 0.999), is_seen=st.booleans())

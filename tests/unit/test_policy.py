@@ -60,7 +60,7 @@ class Scene:
         return agent
 
     def waits(self, model: str, at: float = NOW) -> None:
-        self.state.add_waiter(Waiter(f"{model}@{at}", model, "interactive", at))
+        self.state.add_waiter(Waiter(f"{model}@{at}", model, "interactive", at), at)
 
     def place(self, model: str, claims: dict[str, int] | None = None) -> Placement | None:
         return place(self.state, turns_of(self.state, model)[0], claims or {}, NOW)

@@ -79,6 +79,26 @@ def test_a_file_that_is_no_traffic(trace: Path, text: str, told: str) -> None:
         workload.read(trace)
 
 
+def test_requests_may_say_who_they_are_for(trace: Path) -> None:
+    assert workload.read(trace).tenants() == ()
+    ends = (",tenant", ",x", ",", ",y")
+    lines = [line + end for line, end in zip(TRAFFIC.split(), ends, strict=True)]
+    trace.write_text("\n".join(lines))
+    assert workload.read(trace).tenants() == ("", "y", "x")
+
+
+def test_workloads_go_together_in_order_of_time() -> None:
+    one, other = (
+        workload.poisson({name: workload.DEFAULT_SIZE}, 2.0, 20.0, seed=seed, tenant=name)
+        for seed, name in enumerate("ab")
+    )
+    both = workload.together("both", one, other)
+    assert list(both.models) == ["a", "b"]
+    assert sorted(both.requests) == both.requests
+    assert set(both.tenants()) == {"a", "b"}
+    assert len(both.requests) == len(one.requests) + len(other.requests)
+
+
 def test_drawn_traffic_follows_its_seed_and_rate() -> None:
     models = dict.fromkeys("abcd", workload.DEFAULT_SIZE)
     first, again, other = (workload.poisson(models, 10.0, 500.0, seed=s) for s in (1, 1, 2))
@@ -167,6 +187,23 @@ def test_own_traffic_side_by_side(trace: Path, tmp_path: Path) -> None:
     written = json.loads(file.read_bytes())
     assert [one["policy"] for one in written] == ["hotswap", "lru"]
     assert [one["num_requests"] for one in written] == [3, 3]
+
+
+def test_tenants_are_told_apart_where_there_are_any(trace: Path, tmp_path: Path) -> None:
+    assert "tenant" not in simulate("--trace", trace, "--gpus", "1").output
+    file = tmp_path / "out.json"
+    header, *lines = TRAFFIC.split()
+    tenants = ("ada", "", "ada")
+    named = [f"{line},{tenant}" for line, tenant in zip(lines, tenants, strict=True)]
+    trace.write_text("\n".join([f"{header},tenant", *named]))
+    done = simulate("--trace", trace, "--gpus", "1", "--policy", "hotswap", "--json", file)
+    assert done.exit_code == 0, done.output
+    assert "tenant ada: < 2 s" in done.output
+    assert "tenant (none): < 2 s" in done.output
+    (written,) = json.loads(file.read_bytes())
+    assert {name: one["num_requests"] for name, one in written["tenants"].items()} == {
+        "": 1, "ada": 2
+    }  # fmt: skip
 
 
 def test_a_plan_for_own_traffic(trace: Path, tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ SAMPLING = requests.SamplingParams(
 TOKEN = stream.TokenLogprob(token_id=11, logprob=-0.5, text="\\xe2", raw=b"\xe2")
 TOLD = stream.TokenLogprobs(chosen=TOKEN, offset=21, top=(TOKEN,))
 AT = 1767225600.5
+TENANT = "2c70e12b7a0646f9"
 
 
 def _generate(prompt: requests.Prompt) -> requests.GenerateRequest:
@@ -114,6 +115,7 @@ def _generate(prompt: requests.Prompt) -> requests.GenerateRequest:
         reply_to="_INBOX_api.abc.req-1",
         created_at=AT,
         deadline_at=AT + 60,
+        tenant=TENANT,
     )
 
 
@@ -155,7 +157,13 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     events.CommandFailed(**_EVENT, command="load", reason="model.safetensors is missing"),
     events.CommandRejected(**_EVENT, command="swap_in", reason="epoch 4 is older than 5"),
     events.RequestStarted(
-        gpu="gpu0", model="m", request_id="req-1", at=AT, attempt=1, queue_wait_s=0.75
+        gpu="gpu0",
+        model="m",
+        request_id="req-1",
+        at=AT,
+        attempt=1,
+        queue_wait_s=0.75,
+        tenant=TENANT,
     ),
     events.RequestEnded(
         gpu="gpu0",
@@ -167,6 +175,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         completion_tokens=34,
         timing=TIMING,
         error="engine_failed",
+        tenant=TENANT,
     ),
     events.RequestWithdrawn(model="m", request_id="req-1", at=AT, reason="client_left"),
     events.LeaderElected(holder="scheduler-1", epoch=5, at=AT),
@@ -207,6 +216,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         created_at=AT,
         deadline_at=AT + 60,
         dimensions=256,
+        tenant=TENANT,
     ),
     requests.CancelRequest(request_id="req-1", model="m"),
     requests.VerifyRequest(model="m"),
@@ -284,6 +294,16 @@ def test_tokens_of_those_who_ask_for_no_log_probabilities_do_not_grow() -> None:
         "token_ids",
         "text",
     }
+
+
+def test_requests_and_events_of_those_who_know_no_tenants_still_decode() -> None:
+    told = [example for example in EXAMPLES if getattr(example, "tenant", "")]
+    assert len({type(example) for example in told}) == 4
+    for example in told:
+        fields = json.loads(msgspec.json.encode(example))
+        del fields["tenant"]
+        old = msgspec.json.decode(json.dumps(fields), type=type(example))
+        assert old == msgspec.structs.replace(example, tenant="")
 
 
 @pytest.mark.parametrize("cls", _structs(), ids=lambda cls: cls.__name__)

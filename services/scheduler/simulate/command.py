@@ -18,7 +18,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # The heavy imports are in the functions: `hotswap --help` reads this module too.
 WORKLOADS = ("tail115", "poisson100", "market87", "arena27", "mixed")
-POLICIES = ("hotswap", "lru", "gdsf", "belady", "hotswap-infinite-link", "dedicated")
+POLICIES = (
+    "hotswap",
+    "lru",
+    "gdsf",
+    "belady",
+    "hotswap-no-shares",
+    "hotswap-infinite-link",
+    "dedicated",
+)
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -104,7 +112,7 @@ def simulate(
       arena27      10 min, 27 chat models                      2 GPUs   needs --traces
       mixed        1 h, models of 8 to 64 GB                   8 GPUs
     or bring your own: --trace FILE with the columns
-      t_s,model_id,input_tokens,output_tokens
+      t_s,model_id,input_tokens,output_tokens    and, if you like, tenant
 
     \b
     hotswap simulate poisson100                                   beside LRU

@@ -42,16 +42,24 @@ class Sequence:
         "request_id",
         "rounds_left",
         "started_s",
+        "tenant",
     )
 
     def __init__(
-        self, index: int, request_id: str, at_s: float, input_tokens: int, output_tokens: int
+        self,
+        index: int,
+        request_id: str,
+        at_s: float,
+        input_tokens: int,
+        output_tokens: int,
+        tenant: str = "",
     ) -> None:
         self.index = index
         self.request_id = request_id
         self.at_s = at_s
         self.input_tokens = input_tokens
         self.output_tokens = output_tokens
+        self.tenant = tenant
         self.attempt = 0
         self.started_s = 0.0
         self.first_s = 0.0  # its first token left; 0: not yet

@@ -173,6 +173,7 @@ class Engine:
                 now,
                 sequence.attempt,
                 now - sequence.at_s,
+                sequence.tenant,
             )
         )
 
@@ -243,6 +244,7 @@ class Engine:
                     sequence.first_s - sequence.started_s,
                     now - sequence.first_s,
                 ),
+                tenant=sequence.tenant,
             )
         )
         world.end_of(sequence, replica.model)

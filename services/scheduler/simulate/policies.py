@@ -13,10 +13,17 @@ from services.scheduler.simulate.run import Gpus, Options, Result, simulate
 from services.scheduler.simulate.workload import Workload
 from services.scheduler.state import PolicyConfig
 
-_BASELINE = {"placement": "memory", "order": "arrival", "preemption": "off", "replicate": False}
+_BASELINE = {
+    "placement": "memory",
+    "order": "arrival",
+    "preemption": "off",
+    "replicate": False,
+    "fair_shares": False,
+}
 
 ABOUT = {
     "hotswap": "as shipped",
+    "hotswap-no-shares": "as shipped, but tenants do not matter",
     "hotswap-infinite-link": "as shipped, swaps cost nothing: the most that can be reached",
     "lru": "who was used longest ago leaves; first come, first served; no preemption",
     "gdsf": "who is least worth its bytes leaves; else as lru",
@@ -39,6 +46,8 @@ def policy(name: str, cost: CostModel) -> Policy:
     match name:
         case "hotswap" | "dedicated":
             return Policy(name, PolicyConfig(), cost, name == "dedicated")
+        case "hotswap-no-shares":
+            return Policy(name, config_with(fair_shares=False), cost)
         case "hotswap-infinite-link":
             return Policy(name, PolicyConfig(), cost.infinite_link())
         case "lru" | "gdsf" | "belady":
@@ -106,6 +115,7 @@ def _dedicated(
         decide_s=_sum(result.decide_s for result in results),
         simulated_s=max(result.simulated_s for result in results),
         took_s=sum(result.took_s for result in results),
+        tenants=workload.tenants(),
     )
 
 

@@ -13,6 +13,15 @@ TTFT_S = 2.0
 TPOT_S = 0.1
 
 
+class TenantFigures(msgspec.Struct, frozen=True):
+    """What one tenant got of a run."""
+
+    num_requests: int
+    share_ttft_2s: float
+    ttft_p50_s: float
+    ttft_p99_s: float
+
+
 class Summary(msgspec.Struct, frozen=True):
     """One run in figures. Shares are of all requests; those that did not end met nothing."""
 
@@ -37,6 +46,7 @@ class Summary(msgspec.Struct, frozen=True):
     decide_s: dict[str, float]
     simulated_s: float
     took_s: float
+    tenants: dict[str, TenantFigures] = {}  # by name, where the workload has any
 
 
 def summarize(result: Result, policy: str) -> Summary:
@@ -68,7 +78,22 @@ def summarize(result: Result, policy: str) -> Summary:
         decide_s=result.decide_s,
         simulated_s=result.simulated_s,
         took_s=result.took_s,
+        tenants=tenants(result),
     )
+
+
+def tenants(result: Result) -> dict[str, TenantFigures]:
+    """By name; empty where the workload names none."""
+    times: dict[str, list[float]] = {name: [] for name in sorted(set(result.tenants))}
+    for name, ttft_s in zip(result.tenants, result.ttft_s, strict=False):
+        times[name].append(ttft_s)
+    figures = {}
+    for name, all_s in times.items():
+        ended = sorted(ttft_s for ttft_s in all_s if not math.isnan(ttft_s))
+        share = sum(ttft_s < TTFT_S for ttft_s in ended) / len(all_s)
+        p50_s, p99_s = percentile(ended, 0.5), percentile(ended, 0.99)
+        figures[name] = TenantFigures(len(all_s), share, p50_s, p99_s)
+    return figures
 
 
 def share_below(result: Result, ttft_s: float) -> float:
@@ -120,6 +145,13 @@ def table(summaries: Sequence[Summary]) -> Table:
     }
     for name, figure in rows.items():
         made.add_row(name, *(figure(one) for one in summaries))
+    for tenant in summaries[0].tenants:
+        made.add_section()
+        of = [one.tenants[tenant] for one in summaries]
+        name = f"tenant {tenant or '(none)'}"
+        made.add_row(f"{name}: requests", *(str(one.num_requests) for one in of))
+        made.add_row(f"{name}: < 2 s", *(f"{one.share_ttft_2s:.2%}" for one in of))
+        made.add_row(f"{name}: p99", *(f"{one.ttft_p99_s:.3f} s" for one in of))
     return made
 
 

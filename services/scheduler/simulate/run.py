@@ -85,6 +85,7 @@ class Result(msgspec.Struct, frozen=True):
     decide_s: dict[str, float]  # the same in seconds; empty unless asked for
     simulated_s: float
     took_s: float
+    tenants: tuple[str, ...] = ()  # of each request; empty: the workload names none
 
 
 Listener = Callable[[Input, float, list[Command]], None]
@@ -245,13 +246,12 @@ class Simulation:
         request, world = self.workload.requests[index], self.world
         queue = world.queues[request.model]
         name = str(index)
-        queue.waiting.append(
-            compute.Sequence(index, name, world.now, request.input_tokens, request.output_tokens)
-        )
+        _, _, num_in, num_out, tenant = request
+        queue.waiting.append(compute.Sequence(index, name, world.now, num_in, num_out, tenant))
         queue.num_open += 1
         self._num_open += 1
         world.num_queued += 1
-        self._tell(Demand(name, request.model, "interactive", world.now))
+        self._tell(Demand(name, request.model, "interactive", world.now, tenant))
         if queue.servers and len(queue.waiting) == 1:
             servers: list[SimReplica] = queue.servers
             if len(servers) > 1:
@@ -308,6 +308,7 @@ class Simulation:
             decide_s={kind.__name__: took for kind, took in self._decide_s.items()},
             simulated_s=self.world.now - START_S,
             took_s=took_s,
+            tenants=self.workload.tenants(),
         )
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import heapq
 import itertools
 import math
 import random
@@ -16,6 +17,7 @@ from services.scheduler.simulate.errors import SimulateError
 
 GB = 10**9
 COLUMNS = ("t_s", "model_id", "input_tokens", "output_tokens")
+TENANT_COLUMN = "tenant"  # may be left out
 
 # Of azure_llm_2023: prompts have a median of 1046 tokens, answers of 90.
 MEDIAN_INPUT_TOKENS = 1046
@@ -34,6 +36,7 @@ class Request(NamedTuple):
     model: str
     input_tokens: int
     output_tokens: int
+    tenant: str = ""
 
 
 class ModelSize(msgspec.Struct, frozen=True):
@@ -69,6 +72,11 @@ class Workload(msgspec.Struct, frozen=True):
         requests = [request._replace(at_s=request.at_s / factor) for request in self.requests]
         return Workload(self.name, self.models, requests)
 
+    def tenants(self) -> tuple[str, ...]:
+        """Of each request; empty if none has one."""
+        tenants = tuple(request.tenant for request in self.requests)
+        return tenants if any(tenants) else ()
+
     def of_model(self, model: str) -> "Workload":
         """The requests of one model alone."""
         requests = [request for request in self.requests if request.model == model]
@@ -85,16 +93,17 @@ def read(
     sizes: Mapping[str, ModelSize] | None = None,
     size: ModelSize = DEFAULT_SIZE,
 ) -> Workload:
-    """The requests of a CSV file (plain or .gz) with the columns `COLUMNS`, in any order.
+    """The requests of a CSV file (plain or .gz) with the columns `COLUMNS`, in any order; a column
+    `TENANT_COLUMN` says who they are for.
 
     ``speed``: by how much time is compressed; ``duration_s`` counts after that. ``without``:
     models to leave out. ``sizes``: of models by name, ``size`` of all others. Lines need not be
     sorted. Raises SimulateError for a file that is not there or not like that.
     """
     taken: list[Request] = []
-    for t_s, model, input_tokens, output_tokens in rows_of(path, COLUMNS):
+    for t_s, model, *rest in rows_of(path, COLUMNS, optional=(TENANT_COLUMN,)):
         if t_s / speed < duration_s and model not in without:
-            taken.append(Request(t_s / speed, model, input_tokens, output_tokens))
+            taken.append(Request(t_s / speed, model, *rest))
     if not taken:
         raise SimulateError(f"{path}: no request is left to simulate")
     taken.sort(key=lambda request: request.at_s)
@@ -112,12 +121,15 @@ def read_sizes(path: Path, base: ModelSize = DEFAULT_SIZE) -> dict[str, ModelSiz
     }
 
 
-def rows_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+def rows_of(
+    path: Path, columns: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[tuple[Any, ...]]:
     """The named columns of each line of a CSV file, plain or .gz, as `_KINDS` has them.
+
+    After them those ``optional`` ones that the file has.
 
     Raises SimulateError, naming file and line.
     """
-    kinds = [_KINDS[column] for column in columns]
     try:
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
             reader = csv.reader(file)
@@ -127,7 +139,9 @@ def rows_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
                     f"{path}: column {', '.join(missing)} is missing; "
                     f"the first line must name {', '.join(columns)}"
                 )
-            at = [header.index(column) for column in columns]
+            wanted = [*columns, *(column for column in optional if column in header)]
+            kinds = [_KINDS[column] for column in wanted]
+            at = [header.index(column) for column in wanted]
             for row in reader:
                 try:
                     yield tuple([kind(row[i]) for kind, i in zip(kinds, at, strict=True)])
@@ -156,6 +170,7 @@ _KINDS: dict[str, Callable[[str], Any]] = {
     "t_s": _number,
     "model_id": sys.intern,
     "model": sys.intern,
+    "tenant": sys.intern,
     "input_tokens": _count,
     "output_tokens": _count,
     "weight_bytes": _count,
@@ -188,6 +203,7 @@ def poisson(
     zipf: float = 0.0,
     lengths: Lengths = lognormal_lengths,
     name: str = "poisson",
+    tenant: str = "",
 ) -> Workload:
     """Independent Poisson arrivals, ``rate_per_s`` over all ``models`` together.
 
@@ -202,6 +218,15 @@ def poisson(
     at_s = rng.expovariate(rate_per_s)
     while at_s < duration_s:
         model = rng.choices(names, cum_weights=shares)[0]
-        requests.append(Request(at_s, model, *lengths(rng)))
+        requests.append(Request(at_s, model, *lengths(rng), tenant))
         at_s += rng.expovariate(rate_per_s)
     return Workload(name, dict(models), requests)
+
+
+def together(name: str, *workloads: Workload) -> Workload:
+    """All of them at once."""
+    models: dict[str, ModelSize] = {}
+    for one in workloads:
+        models |= one.models
+    requests = heapq.merge(*(one.requests for one in workloads), key=lambda r: r.at_s)
+    return Workload(name, models, list(requests))
