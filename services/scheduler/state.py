@@ -19,6 +19,7 @@ import msgspec
 from schemas.names import RequestClass
 from schemas.state import ModelFacts, ModelSpec
 from services.scheduler import invariants
+from services.scheduler.decisions import Decisions
 from services.scheduler.estimates import Tempo
 from services.scheduler.index import Index
 from services.scheduler.replica import Agent, Replica
@@ -182,6 +183,7 @@ class ClusterState:
         self.index = Index()
         self.line = Line()
         self.holds = Holds()
+        self.decisions = Decisions()  # that were made and not told yet
         self.tempos: dict[str, Tempo] = {}  # how fast models write
         self.with_ttl: dict[str, float] = {}  # models that leave after so many idle seconds
         self.inflation = 0.0  # what the last victim was worth, where an eviction policy counts that
