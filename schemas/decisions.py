@@ -1,4 +1,4 @@
-"""What a decision of the scheduler is made of: what was done, whom it cost, what else was looked at.
+"""What a decision of the scheduler is made of: what was done, whom it cost, what else there was.
 
 The event that tells of it is `schemas.events.DecisionMade`.
 """

@@ -90,29 +90,28 @@ def place_in_line(state: ClusterState, turn: Turn, now: float) -> int:
 
 
 def predictions(state: ClusterState, now: float, first: int, most: int) -> list[PredictedWait]:
-    """What those who wait are told: ``most`` of the models, from number ``first`` on.
+    """What those who wait are told: ``most`` of the models, from number ``first`` on, round and
+    round.
 
     A model that is served needs none: its requests wait for other requests, not for a swap.
     """
-    turns: dict[str, tuple[int, Turn]] = {}
+    places: dict[str, tuple[int, float]] = {}  # model -> place from 1, since when it waits
     for place, turn in enumerate(islice(_waiting_in_order(state, now), MOST_PLACES), 1):
-        turns.setdefault(turn.model, (place, turn))
-    models = dict.fromkeys([*turns, *state.waiting])
+        places.setdefault(turn.model, (place, turn.since))
+    models = list(dict.fromkeys([*places, *state.waiting]))
+    start = first % len(models) if models else 0
     told = []
-    for model in islice(models, first, first + most):
-        place, turn = turns[model] if model in turns else (0, None)
-        wait_s = of_model(state, model, now, max(place - 1, 0))
-        if wait_s == 0.0:
-            continue
+    for model in (models[start:] + models[:start])[:most]:
         line = state.waiting.get(model)
         suspended = state.index.of(model).suspended.values()
         num_suspended = sum(r.in_flight for r in suspended if r.agent.is_usable)
-        if not line and not num_suspended:
-            continue  # on its way in, and nobody waits any more
-        since = turn.since if turn else min(waiter.at for waiter in line or ())
-        told.append(
-            PredictedWait(model, now, wait_s, len(line) if line else 0, num_suspended, since, place)
-        )
+        if line is None and not num_suspended:
+            continue  # who waited has left since the line was looked at
+        place, since = places.get(model) or (0, line.earliest.at if line else now)
+        wait_s = of_model(state, model, now, max(place - 1, 0))
+        if wait_s != 0.0:
+            num_waiters = len(line) if line else 0
+            told.append(PredictedWait(model, now, wait_s, num_waiters, num_suspended, since, place))
     return told
 
 
