@@ -95,10 +95,10 @@ def predictions(state: ClusterState, now: float, first: int, most: int) -> list[
 
     A model that is served needs none: its requests wait for other requests, not for a swap.
     """
-    places: dict[str, tuple[int, float]] = {}  # model -> place from 1, since when it waits
+    places: dict[str, int] = {}  # model -> place, from 1
     for place, turn in enumerate(islice(_waiting_in_order(state, now), MOST_PLACES), 1):
-        places.setdefault(turn.model, (place, turn.since))
-    models = list(dict.fromkeys([*places, *state.waiting]))
+        places.setdefault(turn.model, place)
+    models = list(dict.fromkeys([*places, *state.plans, *state.waiting]))
     start = first % len(models) if models else 0
     told = []
     for model in (models[start:] + models[:start])[:most]:
@@ -107,7 +107,8 @@ def predictions(state: ClusterState, now: float, first: int, most: int) -> list[
         num_suspended = sum(r.in_flight for r in suspended if r.agent.is_usable)
         if line is None and not num_suspended:
             continue  # who waited has left since the line was looked at
-        place, since = places.get(model) or (0, line.earliest.at if line else now)
+        place, turns = places.get(model, 0), state.line.of(model)
+        since = turns[0].since if turns else line.earliest.at if line else now
         wait_s = of_model(state, model, now, max(place - 1, 0))
         if wait_s != 0.0:
             num_waiters = len(line) if line else 0
@@ -116,8 +117,15 @@ def predictions(state: ClusterState, now: float, first: int, most: int) -> list[
 
 
 def _waiting_in_order(state: ClusterState, now: float) -> Iterator[Turn]:
+    """Those for whom nothing is under way yet."""
     order = state.line.in_order(now, state.config.starvation_s, MOST_PLACES)
-    return (turn for turn in order if not turn.is_extra)
+    return (
+        turn
+        for turn in order
+        if not turn.is_extra
+        and turn.model not in state.plans
+        and (turn.gpu or not state.index.of(turn.model).arriving)
+    )
 
 
 def _soonest(waits: Iterable[float | None]) -> float | None:
@@ -149,11 +157,12 @@ def _arrives_in_s(replica: Replica, now: float) -> float:
 def _room_s(state: ClusterState, replica: Replica, now: float) -> float | None:
     """Until it fits beside what stays; None: nobody knows, or never."""
     agent = replica.agent
-    planned = sum(agent.replicas[m].footprint_bytes for m in agent.planned if m != replica.model)
-    need = replica.footprint_bytes + planned - agent.free_bytes
+    planned = [agent.replicas[model] for model in agent.planned if model != replica.model]
+    need = replica.footprint_bytes + sum(r.footprint_bytes for r in planned) - agent.free_bytes
     if need <= 0:
         return 0.0
     leaving = [(_leaves_in_s(state, r, now), r.device_bytes) for r in agent.device.values()]
+    leaving += [(r.swap_in_s + quantum_s(state, r), r.footprint_bytes) for r in planned]
     known = [(left_s, num_bytes) for left_s, num_bytes in leaving if left_s is not None]
     for left_s, num_bytes in sorted(known):
         need -= num_bytes
