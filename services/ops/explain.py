@@ -6,6 +6,7 @@ for another.
 
 import json
 import logging
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 # Looked at one after the other, until there are enough decisions: the last is all that is kept.
 _WINDOWS_S = (600.0, 6 * 3600.0, 8 * 24 * 3600.0)
+_INDENT = 14  # of all but the first line of a decision, which begins with the time
 
 
 @dataclass
@@ -118,7 +120,12 @@ def show(story: Story, console: Console) -> None:
     """Print all of it, the newest decision last."""
 
     def line(text: str, indent: int = 0) -> None:
-        console.print(Padding(escape(text), (0, 0, 0, indent)), highlight=False, soft_wrap=False)
+        """``text`` at ``indent``; what does not fit continues where the texts of decisions are."""
+        first, rest = " " * indent, " " * (indent or _INDENT)
+        wrapped = textwrap.fill(
+            text, max(console.width, 60), initial_indent=first, subsequent_indent=rest
+        )
+        console.print(wrapped, markup=False, highlight=False, soft_wrap=True)
 
     record = story.snapshot.deployments[story.model]
     line(f"{story.model}  {record.status}{': ' + record.reason if record.reason else ''}")
@@ -162,18 +169,20 @@ def _show_decision(
 ) -> None:
     at = datetime.fromtimestamp(decision.at).strftime("%H:%M:%S.%f")[:-3]
     if decision.model != model and (victim := _victim(decision, model)):
-        why = f"had to leave {decision.gpu} for {decision.model}, {describe(victim)}"
-        line(f"{at}  {why}: {decision.reason}", 0)
+        why = f"had to leave {decision.gpu} for {decision.model} ({describe(victim)})"
+        line(f"{at}  {why}; {decision.model}: {decision.reason}", 0)
         return
     line(f"{at}  {decision.action} on {decision.gpu}: {decision.reason}", 0)
     if decision.urgency != "unasked":
-        line(_for_whom(decision), 14)
+        line(_for_whom(decision), _INDENT)
     if decision.victims:
-        line("victims: " + ", ".join(f"{v.model} ({describe(v)})" for v in decision.victims), 14)
+        line(
+            "victims: " + ", ".join(f"{v.model} ({describe(v)})" for v in decision.victims), _INDENT
+        )
     if decision.candidates:
-        console.print(Padding(_table(decision.candidates), (0, 0, 0, 14)))
+        console.print(Padding(_table(decision.candidates), (0, 0, 0, _INDENT), expand=False))
         if (more := decision.num_candidates - len(decision.candidates)) > 0:
-            line(f"and {more} more GPUs", 14)
+            line(f"and {more} more GPUs", _INDENT)
 
 
 def _for_whom(decision: DecisionMade) -> str:

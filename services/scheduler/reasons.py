@@ -45,7 +45,7 @@ def note_choice(
         action,
         _why(state, turn, best, len(options), now),
         now,
-        predicted_wait_s=waits.on_gpu(state, replica, now, num_ahead),
+        predicted_wait_s=waits.on_gpu(state, replica, turn.since, now, num_ahead),
         victims=tuple(_victim(state, r, action == "evict", now) for r in victims),
         candidates=tuple(_candidate(option) for option in shown[:MOST_CANDIDATES]),
         num_candidates=len(options),
@@ -64,7 +64,7 @@ def note_plan(
     predicted_wait_s = None
     if action == "swap_in":
         words = f"the bytes that it waited for on {gpu} are there"
-        predicted_wait_s = waits.on_gpu(state, replica, now)
+        predicted_wait_s = waits.on_gpu(state, replica, now, now)
         state.decisions.wait_ended(key)
     elif turn is None:
         gone = "it is served elsewhere" if replica.model in state.waiting else "nobody waits for it"
@@ -126,6 +126,8 @@ def _note(
     candidates: tuple[Candidate, ...] = (),
     num_candidates: int = 0,
 ) -> None:
+    if predicted_wait_s is not None:
+        predicted_wait_s = round(predicted_wait_s, 3)
     line = state.waiting.get(turn.model)
     replica = state.find_replica(turn.gpu, turn.model) if turn.gpu else None
     state.decisions.note(
@@ -136,7 +138,7 @@ def _note(
             at=now,
             reason=reason,
             request_id=turn.request_id,
-            waited_s=0.0 if turn.is_extra else max(0.0, now - turn.since),
+            waited_s=0.0 if turn.is_extra else round(max(0.0, now - turn.since), 3),
             due_at=0.0 if turn.is_extra else turn.due_at,
             urgency=_urgency(state, turn, now),
             priority=turn.priority,
@@ -211,7 +213,7 @@ def _what_is_there(state: ClusterState, turn: Turn, best: policy.Option, now: fl
         case 2:
             return f"on {gpu} it fits as soon as those have left that are on their way out"
         case 3:
-            return f"idle on {gpu}, {names} can leave for it"
+            return f"idle on {gpu}, and first to leave: {names}"
         case 4 | 6:
             where = "room is there" if best.rank == 4 else "by then there may be room"
             return f"it has no host image: {gpu} reads its files first, {where}"

@@ -9,15 +9,17 @@ Nothing is decided by it: people and clients are told. For one GPU::
 
 - *own*: its swap-in, as the link has measured others. None has been measured: unknown.
 - *load*: as the loads of that GPU went so far.
-- *room*: idle models leave at once, busy ones when they had their run quantum, drained ones within
-  one. Those that may not be interrupted leave at a time that nobody knows.
+- *room*: idle models leave at once, drained ones within a run quantum, busy ones when they had
+  theirs and the slack of their requests covers two swaps and a run quantum, or when who waits is
+  starving. Those that may not be interrupted leave at a time that nobody knows.
 - *ahead*: each one before it in line takes the link for as long as it does itself and, where there
   is no room, stays for a run quantum. The GPUs that may take the model share them.
 
-Of the GPUs that may take it the soonest counts. Left out are slack, priorities of those to come,
-and whoever will give up: it is what the line looks like now.
+Of the GPUs that may take it the soonest counts. Left out are those who will come, who will give up,
+and requests that will end: it is what the line looks like now.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -42,7 +44,7 @@ def of_model(state: ClusterState, model: str, now: float, num_ahead: int = 0) ->
         return None
     device = [r for r in places.device.values() if r.agent.is_usable and r.serves]
     if device:
-        return _soonest(on_gpu(state, replica, now) for replica in device)
+        return _soonest(on_gpu(state, replica, now, now) for replica in device)
     waits = (of_turn(state, turn, now, num_ahead) for turn in state.line.of(model))
     return _soonest(waits)
 
@@ -55,13 +57,16 @@ def of_turn(state: ClusterState, turn: Turn, now: float, num_ahead: int = 0) -> 
         agents = [state.agents[plan.gpu]]
     replicas = [agent.replicas[turn.model] for agent in agents if turn.model in agent.replicas]
     share = num_ahead / max(len(replicas), 1)
-    return _soonest(on_gpu(state, replica, now, share) for replica in replicas)
+    return _soonest(on_gpu(state, replica, turn.since, now, share) for replica in replicas)
 
 
 def on_gpu(
-    state: ClusterState, replica: Replica, now: float, num_ahead: float = 0.0
+    state: ClusterState, replica: Replica, since: float, now: float, num_ahead: float = 0.0
 ) -> float | None:
-    """Seconds until this very replica could be resident. See the top of the file."""
+    """Seconds until this very replica could be resident. See the top of the file.
+
+    ``since``: when the wait began (unix seconds). ``num_ahead``: the share of this GPU.
+    """
     agent = replica.agent
     if replica.state == "resident":
         return 0.0
@@ -71,7 +76,7 @@ def on_gpu(
         return None
     if replica.state == "swapping_in":
         return _arrives_in_s(replica, now)
-    load_s, room_s = _load_s(replica, now), _room_s(state, replica, now)
+    load_s, room_s = _load_s(replica, now), _room_s(state, replica, since, now)
     if load_s is None or room_s is None:
         return None
     own_s = replica.swap_in_s
@@ -112,6 +117,7 @@ def predictions(state: ClusterState, now: float, first: int, most: int) -> list[
         wait_s = of_model(state, model, now, max(place - 1, 0))
         if wait_s != 0.0:
             num_waiters = len(line) if line else 0
+            wait_s = None if wait_s is None else round(wait_s, 3)
             told.append(PredictedWait(model, now, wait_s, num_waiters, num_suspended, since, place))
     return told
 
@@ -154,14 +160,16 @@ def _arrives_in_s(replica: Replica, now: float) -> float:
     return left_s
 
 
-def _room_s(state: ClusterState, replica: Replica, now: float) -> float | None:
+def _room_s(state: ClusterState, replica: Replica, since: float, now: float) -> float | None:
     """Until it fits beside what stays; None: nobody knows, or never."""
     agent = replica.agent
     planned = [agent.replicas[model] for model in agent.planned if model != replica.model]
     need = replica.footprint_bytes + sum(r.footprint_bytes for r in planned) - agent.free_bytes
     if need <= 0:
         return 0.0
-    leaving = [(_leaves_in_s(state, r, now), r.device_bytes) for r in agent.device.values()]
+    leaving = [
+        (_leaves_in_s(state, r, replica, since, now), r.device_bytes) for r in agent.device.values()
+    ]
     leaving += [(r.swap_in_s + quantum_s(state, r), r.footprint_bytes) for r in planned]
     known = [(left_s, num_bytes) for left_s, num_bytes in leaving if left_s is not None]
     for left_s, num_bytes in sorted(known):
@@ -171,8 +179,10 @@ def _room_s(state: ClusterState, replica: Replica, now: float) -> float | None:
     return None
 
 
-def _leaves_in_s(state: ClusterState, replica: Replica, now: float) -> float | None:
-    """When it may have left the device; None: nobody knows, or never."""
+def _leaves_in_s(
+    state: ClusterState, replica: Replica, newcomer: Replica, since: float, now: float
+) -> float | None:
+    """When it may have left the device for ``newcomer``; None: nobody knows, or never."""
     may_be_interrupted = may_preempt(state, replica) and state.config.preemption != "off"
     if replica.state in LEAVING_STATES:
         pending = replica.pending
@@ -188,4 +198,16 @@ def _leaves_in_s(state: ClusterState, replica: Replica, now: float) -> float | N
         return None
     if replica.state == "swapping_in":
         return _arrives_in_s(replica, now) + quantum_s(state, replica)
-    return max(0.0, replica.resident_since + quantum_s(state, replica) - now)
+    turn_s = replica.resident_since + quantum_s(state, replica) - now
+    starving_s = since + state.config.starvation_s - now
+    return max(0.0, turn_s, min(_slack_in_s(state, replica, newcomer, now), starving_s))
+
+
+def _slack_in_s(state: ClusterState, replica: Replica, newcomer: Replica, now: float) -> float:
+    """Until its requests can spare the time of a turn of ``newcomer``; infinite: never."""
+    needed_s = newcomer.swap_in_s + replica.swap_in_s + state.config.run_quantum_s
+    missing_s = needed_s - state.slack_s(replica, now)
+    per_s = state.tempo(replica.model).slack_per_s(state.token_target_s(replica.model))
+    if missing_s <= 0:
+        return 0.0
+    return missing_s / per_s if per_s > 0 else math.inf

@@ -68,7 +68,7 @@ def test_an_idle_victim_is_named_with_its_idle_time() -> None:
     story.now += 3.0
     story.demand("r1", "b")
     [evict] = story.decided()
-    assert (evict.action, evict.reason) == ("evict", "idle on gpu0, a can leave for it")
+    assert (evict.action, evict.reason) == ("evict", "idle on gpu0, and first to leave: a")
     assert evict.victims == (Victim("a", "idle", idle_s=3.0),)
     assert evict.candidates[0].victims == ("a",)
     story.swapped_out("a", 2)
@@ -85,7 +85,7 @@ def test_a_busy_victim_is_named_with_its_slack() -> None:
         "a must give way on gpu0: it had 1.0 s there, and its answers can wait 1.1 s"
     )
     assert evict.victims == (Victim("a", "preempted", slack_s=1.1),)
-    assert (evict.waited_s, evict.urgency) == (pytest.approx(1.1), "in_time")
+    assert (evict.waited_s, evict.urgency) == (1.1, "in_time")
 
 
 def test_who_waits_for_very_long_does_not_ask_for_slack() -> None:
@@ -251,9 +251,7 @@ def test_events_stay_small_in_a_large_cluster() -> None:
     assert len(evict.victims) == MOST_VICTIMS
     assert len(evict.candidates) == MOST_CANDIDATES
     assert evict.num_candidates > MOST_CANDIDATES
-    assert evict.reason.endswith(
-        f" and 92 more can leave for it; the best of {evict.num_candidates} GPUs"
-    )
+    assert evict.reason.endswith(f" and 92 more; the best of {evict.num_candidates} GPUs")
     assert len(msgspec.json.encode(evict)) < 10_000
 
 

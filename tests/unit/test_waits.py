@@ -31,6 +31,12 @@ def expected(story: Story, model: str, num_ahead: int = 0) -> Any:
     return wait_s if wait_s is None else pytest.approx(wait_s)
 
 
+def with_slack(story: Story, gpu: str = GPU, resident_s: float = 0.0) -> None:
+    """``a`` came in so long ago, and its requests can spare the time of any turn."""
+    replica = story.replica("a", gpu)
+    replica.resident_since, replica.slack_s = story.now - resident_s, 9.0
+
+
 def test_a_resident_model_is_there() -> None:
     assert expected(measured(on("a", "resident", 60)), "a") == 0.0
 
@@ -66,11 +72,23 @@ def test_a_load_comes_before_the_swap_in() -> None:
 
 def test_busy_models_in_front_stay_for_their_quantum() -> None:
     story = measured(on("a", "resident", 60, in_flight=1), on("b", "host", 60))
-    story.replica("a").resident_since = story.now
+    with_slack(story)
     story.demand("r1", "b")
     assert expected(story, "b") == 1.0 + 0.6
     story.replica("a").in_flight = 0  # an idle one leaves at once
     assert expected(story, "b") == 0.6
+
+
+def test_busy_models_leave_when_their_requests_can_spare_the_time_or_who_waits_starves() -> None:
+    story = measured(on("a", "resident", 60, in_flight=1), on("b", "host", 60))
+    story.state.tempo("a").token_s = 0.1 / 3  # two seconds of slack in a second
+    story.demand("r1", "b")
+    story.replica("a").slack_s = 0.2
+    assert expected(story, "b") == 1.0 + 0.6  # two swaps and a quantum are 2.2 s: 1 s from now
+    story.replica("a").slack_s = -2.0
+    assert expected(story, "b") == 2.1 + 0.6
+    story.state.tempo("a").token_s = 1.0  # it never will
+    assert expected(story, "b") == 3.0 + 0.6
 
 
 def test_pinned_and_uninterrupted_ones_leave_when_nobody_knows() -> None:
@@ -92,7 +110,7 @@ def test_a_drain_is_cut_short_after_a_quantum() -> None:
 
 def test_each_one_ahead_takes_the_link_and_a_quantum_where_there_is_no_room() -> None:
     story = measured(on("a", "resident", 60, in_flight=1), on("b", "host", 60))
-    story.replica("a").resident_since = story.now
+    with_slack(story)
     story.demand("r1", "b")
     assert expected(story, "b", num_ahead=2) == 1.0 + 2 * (0.6 + 1.0) + 0.6
     story.replica("a").in_flight = 0
@@ -101,8 +119,8 @@ def test_each_one_ahead_takes_the_link_and_a_quantum_where_there_is_no_room() ->
 
 def test_the_gpus_that_may_take_it_share_those_ahead_and_the_soonest_counts() -> None:
     story = measured(on("a", "resident", 60, in_flight=1), on("b", "host", 60), gpus=(GPU, "gpu1"))
-    story.replica("a").resident_since = story.now
-    story.replica("a", "gpu1").resident_since = story.now - 0.5
+    with_slack(story)
+    with_slack(story, "gpu1", resident_s=0.5)
     story.demand("r1", "b")
     assert expected(story, "b", num_ahead=2) == 0.5 + 1 * (0.6 + 1.0) + 0.6
 
@@ -125,7 +143,7 @@ def test_one_whose_bytes_are_being_freed_comes_first_and_stays_for_its_quantum()
 
 def test_those_who_wait_are_told_in_the_order_of_the_line() -> None:
     story = measured(on("a", "resident", 60, in_flight=1), on("b", "host", 60), on("c", "host", 60))
-    story.replica("a").resident_since = story.now
+    with_slack(story)
     since = story.now
     story.demand("r1", "b")
     story.demand("r2", "c")
@@ -133,8 +151,8 @@ def test_those_who_wait_are_told_in_the_order_of_the_line() -> None:
     story.demand("r4", "a")  # served: it waits for no swap
     told = waits.predictions(story.state, story.now, 0, 10)
     assert told == [
-        PredictedWait("b", since, pytest.approx(1.6), 1, 0, since, 1),
-        PredictedWait("c", since, pytest.approx(3.2), 2, 0, since, 2),
+        PredictedWait("b", since, 1.6, 1, 0, since, 1),
+        PredictedWait("c", since, 3.2, 2, 0, since, 2),
     ]
 
 
@@ -144,7 +162,7 @@ def test_one_on_its_way_in_has_no_place_in_line() -> None:
     story.demand("r1", "a")
     story.now += 0.1
     [told] = waits.predictions(story.state, story.now, 0, 10)
-    assert told == PredictedWait("a", story.now, pytest.approx(0.5), 1, 0, since, 0)
+    assert told == PredictedWait("a", story.now, 0.5, 1, 0, since, 0)
 
 
 def test_suspended_requests_wait_too() -> None:
