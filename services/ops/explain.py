@@ -155,7 +155,8 @@ def who_waits(wait: PredictedWait | None, now: float) -> str:
     """Who waits for the model to come in, and for how long."""
     if wait is None:
         return "nobody waits for it to come in"
-    words = [f"{wait.num_waiters} requests"] if wait.num_waiters else []
+    num = wait.num_waiters
+    words = [f"{num} request{'s' * (num > 1)}"] if num else []
     words += [f"{wait.num_suspended} suspended ones"] if wait.num_suspended else []
     place = f"number {wait.place} in line" if wait.place else "it is on its way in"
     return (

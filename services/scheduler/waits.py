@@ -110,16 +110,20 @@ def predictions(state: ClusterState, now: float, first: int, most: int) -> list[
         line = state.waiting.get(model)
         suspended = state.index.of(model).suspended.values()
         num_suspended = sum(r.in_flight for r in suspended if r.agent.is_usable)
-        if line is None and not num_suspended:
-            continue  # who waited has left since the line was looked at
+        if _is_resident(state, model) or (line is None and not num_suspended):
+            continue
         place, turns = places.get(model, 0), state.line.of(model)
         since = turns[0].since if turns else line.earliest.at if line else now
         wait_s = of_model(state, model, now, max(place - 1, 0))
-        if wait_s != 0.0:
-            num_waiters = len(line) if line else 0
-            wait_s = None if wait_s is None else round(wait_s, 3)
-            told.append(PredictedWait(model, now, wait_s, num_waiters, num_suspended, since, place))
+        wait_s = None if wait_s is None else round(wait_s, 3)
+        num_waiters = len(line) if line else 0
+        told.append(PredictedWait(model, now, wait_s, num_waiters, num_suspended, since, place))
     return told
+
+
+def _is_resident(state: ClusterState, model: str) -> bool:
+    device = state.index.of(model).device.values()
+    return any(r.state == "resident" and r.agent.is_usable for r in device)
 
 
 def _waiting_in_order(state: ClusterState, now: float) -> Iterator[Turn]:

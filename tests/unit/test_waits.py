@@ -165,6 +165,16 @@ def test_one_on_its_way_in_has_no_place_in_line() -> None:
     assert told == PredictedWait("a", story.now, 0.5, 1, 0, since, 0)
 
 
+def test_one_that_should_have_arrived_is_still_waited_for() -> None:
+    story = measured(on("a", "host", 60))
+    story.demand("r1", "a")
+    story.now += 5.0
+    [told] = waits.predictions(story.state, story.now, 0, 10)
+    assert told.wait_s == 0.0
+    story.swapped_in("a", 2)
+    assert waits.predictions(story.state, story.now, 0, 10) == []
+
+
 def test_suspended_requests_wait_too() -> None:
     story = measured(on("a", "host", 60, in_flight=2), on("b", "resident", 60, in_flight=1))
     [told] = waits.predictions(story.state, story.now, 0, 10)
