@@ -23,7 +23,7 @@ from rich.table import Table
 from schemas import names
 from schemas.decisions import Candidate, Victim
 from schemas.events import DecisionMade
-from schemas.state import PredictedWait
+from schemas.state import PredictedWait, ReplicaStatus
 from services.bus import Bus, BusOptions, Message, history
 from services.ops import status
 
@@ -142,13 +142,18 @@ def show(story: Story, console: Console) -> None:
 def where(story: Story) -> str:
     """Each GPU where something of the model is."""
     told = [
-        f"{replica.state} on {gpu}"
-        + (f" ({replica.in_flight} in flight)" * (replica.in_flight > 0))
+        f"{replica.state} on {gpu}{_requests(replica)}"
         for gpu, agent in sorted(story.snapshot.agents.items())
         for replica in agent.replicas
         if replica.model == story.model
     ]
     return ", ".join(told) or "nowhere: no agent answered"
+
+
+def _requests(replica: ReplicaStatus) -> str:
+    if not replica.in_flight:
+        return ""
+    return f" ({replica.in_flight} {'suspended' if replica.state == 'host' else 'running'})"
 
 
 def who_waits(wait: PredictedWait | None, now: float) -> str:
@@ -157,7 +162,7 @@ def who_waits(wait: PredictedWait | None, now: float) -> str:
         return "nobody waits for it to come in"
     num = wait.num_waiters
     words = [f"{num} request{'s' * (num > 1)}"] if num else []
-    words += [f"{wait.num_suspended} suspended ones"] if wait.num_suspended else []
+    words += [f"{wait.num_suspended} suspended"] if wait.num_suspended else []
     place = f"number {wait.place} in line" if wait.place else "it is on its way in"
     return (
         f"{' and '.join(words)}, for {max(now - wait.since, 0.0):.1f} s; {place}; "

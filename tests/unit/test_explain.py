@@ -30,7 +30,7 @@ EVICT = DecisionMade(
 
 
 def story(model: str, *decisions: DecisionMade, wait: PredictedWait | None = None) -> Story:
-    replicas = (ReplicaStatus("a", "host", 1), ReplicaStatus("b", "resident", 1, in_flight=2))
+    replicas = (ReplicaStatus("a", "host", 1, 1), ReplicaStatus("b", "resident", 1, in_flight=2))
     agents = {"gpu0": AgentStatus("gpu0", "i1", 7, "cpu", "cpu", 2**30, 0, 1, replicas)}
     records = {name: DeploymentRecord(ModelSpec(name, "/m"), "ready") for name in ("a", "b", "[c]")}
     return Story(model, Snapshot(agents, records), wait, list(decisions))
@@ -44,7 +44,7 @@ def shown(one: Story, width: int = 200) -> list[str]:
 
 def test_a_decision_with_its_candidates_and_victims() -> None:
     head, now, waits, empty, first, *rest = shown(story("b", EVICT))
-    assert (head, now) == ("b  ready", "now    resident on gpu0 (2 in flight)")
+    assert (head, now) == ("b  ready", "now    resident on gpu0 (2 running)")
     assert (waits, empty) == ("waits  nobody waits for it to come in", "")
     assert first[12:] == "  evict on gpu0: idle on gpu0, and first to leave: a; the best of 9 GPUs"
     assert [line.strip() for line in rest] == [
@@ -78,11 +78,11 @@ def test_no_decision_yet() -> None:
 
 
 def test_where_it_is_and_who_waits() -> None:
-    assert where(story("a")) == "host on gpu0"
+    assert where(story("a")) == "host on gpu0 (1 suspended)"
     assert where(story("[c]")) == "nowhere: no agent answered"
     wait = PredictedWait("a", 100.0, 1.5, 3, 2, 97.0, 2)
     assert who_waits(wait, 100.5) == (
-        "3 requests and 2 suspended ones, for 3.5 s; number 2 in line; expected in 1.50 s"
+        "3 requests and 2 suspended, for 3.5 s; number 2 in line; expected in 1.50 s"
     )
     unknown = PredictedWait("a", 100.0, None, 1, 0, 99.0, 0)
     assert who_waits(unknown, 100.0) == (
