@@ -117,6 +117,13 @@ CHANNELS = (
         (state.AgentStatus,),
     ),
     Channel(
+        "waits",
+        _template(names.wait_subject("MODEL")),
+        "Core NATS. How long a model is expected to be waited for, about once a second while "
+        "somebody waits.",
+        (state.PredictedWait,),
+    ),
+    Channel(
         "events",
         _template(names.event_subject("KIND", "GPU", "MODEL")),
         f"What happened, each published once and kept in stream {names.STREAM_EVENTS}. "
@@ -143,6 +150,8 @@ OPERATIONS = (
     Operation("api", "receive", "models", "Know which models exist."),
     Operation("api", "receive", "residency", "Show each model's state."),
     Operation("api", "receive", "leases", "Know whether a leader and agents are there."),
+    Operation("api", "receive", "waits", "Tell clients when to try again."),
+    Operation("scheduler", "send", "waits", "Tell how long models are waited for."),
     Operation("scheduler", "receive", "demand", "See that a model is wanted."),
     Operation("scheduler", "send", "commands", "Load, swap in and swap out replicas."),
     Operation("scheduler", "receive", "status", "Follow memory, residency and load."),
@@ -151,7 +160,7 @@ OPERATIONS = (
         "scheduler",
         "send",
         "events",
-        "Report a change of leader, and models that nobody can serve.",
+        "Report a change of leader, models that nobody can serve, and what was decided why.",
         get_args(events.SchedulerEvent),
     ),
     Operation("scheduler", "send", "models", "Record deployments."),

@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias, get_args
 
 import msgspec
 
+from schemas.decisions import Candidate, DecisionAction, Urgency, Victim
 from schemas.state import ModelFacts, SwapTrace
 from schemas.stream import ErrorCode, RequestTiming
 
@@ -210,6 +211,31 @@ class DeploymentFailed(msgspec.Struct, frozen=True, tag="hotswap.scheduler.v1.de
     reason: str
 
 
+class DecisionMade(msgspec.Struct, frozen=True, tag="hotswap.scheduler.v1.decision_made"):
+    """What the scheduler decided for ``model``, and why, for people.
+
+    Told once: a decision that is only made again is not an event. ``predicted_wait_s``: until the
+    model is expected to be resident; None where that is not known, or not what was decided.
+    """
+
+    model: str
+    gpu: str
+    action: DecisionAction
+    at: float
+    reason: str
+    request_id: str = ""  # the waiter due first; empty: suspended requests, or nobody waits
+    waited_s: float = 0.0
+    due_at: float = 0.0  # unix seconds; 0: nobody waits
+    urgency: Urgency = "unasked"
+    priority: int = 0
+    num_waiters: int = 0
+    num_suspended: int = 0  # requests that can go on only on this GPU
+    predicted_wait_s: float | None = None
+    victims: tuple[Victim, ...] = ()
+    candidates: tuple[Candidate, ...] = ()  # the best ones, the one that was taken first
+    num_candidates: int = 0
+
+
 AgentEvent: TypeAlias = (
     AgentStarted
     | AgentStopped
@@ -229,7 +255,7 @@ AgentEvent: TypeAlias = (
     | RequestStarted
     | RequestEnded
 )
-SchedulerEvent: TypeAlias = LeaderElected | DeploymentFailed
+SchedulerEvent: TypeAlias = LeaderElected | DeploymentFailed | DecisionMade
 Event: TypeAlias = AgentEvent | RequestWithdrawn | SchedulerEvent
 
 

@@ -87,6 +87,10 @@ def event_subject(kind: str, gpu: str = "", model: str = "") -> str:
     return f"{PREFIX}.events.{kind}.{gpu_token}.{model_token}"
 
 
+def wait_subject(model: str | None = None) -> str:
+    return f"{PREFIX}.waits.{escape(model) if model else '*'}"
+
+
 def consumer_name(model: str) -> str:
     """The work-queue consumer that all replicas of ``model`` share."""
     return f"model-{escape(model)}"

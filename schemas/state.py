@@ -143,6 +143,18 @@ class AgentStatus(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.status"):
     host_used_bytes: int = 0
 
 
+class PredictedWait(msgspec.Struct, frozen=True, tag="hotswap.scheduler.v1.predicted_wait"):
+    """Sent about once a second for each model that somebody waits for; the next one replaces it."""
+
+    model: str
+    at: float
+    wait_s: float | None  # until it is expected to be resident; None: not known
+    num_waiters: int
+    num_suspended: int
+    since: float  # unix seconds: when the wait began
+    place: int  # in line, from 1; 0: it is on its way in
+
+
 class DeploymentRecord(msgspec.Struct, frozen=True, tag="hotswap.state.v1.deployment"):
     """HS_MODELS/<model>, written by the scheduler only."""
 

@@ -52,6 +52,7 @@ def cli() -> None:
     hotswap demo             see it work, on any machine
     hotswap up               serve the models of hotswap.toml
     hotswap status           what is resident where
+    hotswap explain MODEL    what the scheduler decided about a model, and why
     hotswap trace            where the time of a request went
     hotswap verify           check a model's weights in memory against what was loaded
     hotswap simulate         traffic of a day on simulated GPUs; how many GPUs are needed
@@ -160,6 +161,33 @@ def verify(
 
     options = _bus_options(_load(config_file), nats_url, creds, "admin")
     sys.exit(asyncio.run(verify_view.run(options, model, timeout_s)))
+
+
+@cli.command()
+@config_option
+@bus_options
+@click.argument("model")
+@click.option(
+    "--last", type=click.IntRange(1), default=5, show_default=True, help="So many decisions."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def explain(
+    config_file: Path,
+    nats_url: str | None,
+    creds: Path | None,
+    model: str,
+    last: int,
+    as_json: bool,
+) -> None:
+    """Say where MODEL is, who waits for it and how long, and why it was brought in or had to leave.
+
+    Each decision names the GPUs that were looked at. What they cost is in seconds; of ranks 1 to 3,
+    which hurt nobody, the cheapest is taken, of the others the lowest.
+    """
+    from services.ops import explain as explain_view
+
+    options = _bus_options(_load(config_file), nats_url, creds, "admin")
+    asyncio.run(explain_view.run(options, model, last, as_json))
 
 
 @cli.command()

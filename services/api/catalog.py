@@ -19,6 +19,7 @@ from schemas.state import (
 )
 from services.api import errors
 from services.api.openai import HotswapInfo, Model
+from services.api.waits import RetryAfter, unknown
 from services.bus import Bucket, Bus, Entry
 from services.bus.connection import Hook
 
@@ -83,8 +84,11 @@ class _Mirror(Generic[T]):
 class Catalog:
     """``on_unavailable(model, reason)`` is called when a deployment fails or goes away."""
 
-    def __init__(self, bus: Bus, on_unavailable: OnUnavailable) -> None:
+    def __init__(
+        self, bus: Bus, on_unavailable: OnUnavailable, retry_after_s: RetryAfter = unknown
+    ) -> None:
         self._on_unavailable = on_unavailable
+        self._retry_after_s = retry_after_s
         self._deployments = _Mirror(bus, names.BUCKET_MODELS, DeploymentRecord, self._on_deployment)
         self._residency = _Mirror(
             bus, names.BUCKET_RESIDENCY, ResidencyRecord, lambda key, record: None
@@ -113,7 +117,7 @@ class Catalog:
             existing = sorted(one.spec.name for one in self._deployments.values.values())
             raise errors.model_not_found(model, existing)
         if record.status == "failed":
-            raise errors.model_unavailable(model, record.reason)
+            raise errors.model_unavailable(model, record.reason, self._retry_after_s(model))
         known = record.facts.runner if record.facts else record.spec.runner
         if known not in ("auto", runner):
             raise errors.model_not_supported(model, "embed" if known == "embed" else "generate")

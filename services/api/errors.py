@@ -29,7 +29,8 @@ from schemas.stream import ErrorCode
 
 log = logging.getLogger(__name__)
 
-RETRY_AFTER_S = 2  # a queue drains and a service restarts within this order of time
+# A queue drains and a service restarts within this order of time: where nobody knows better.
+RETRY_AFTER_S = 2
 _MAX_LISTED = 20
 _MAX_NAME = 200
 
@@ -113,15 +114,19 @@ def model_not_supported(model: str, runner: Runner) -> ApiError:
     return ApiError(400, "model_not_supported", message, param="model")
 
 
-def model_unavailable(model: str, reason: str) -> ApiError:
+def model_unavailable(model: str, reason: str, retry_after_s: int | None = None) -> ApiError:
+    """``retry_after_s``: when the model is expected; None: not known."""
     message = f"The model {model!r} can not be served: {reason or 'no reason given'}"
-    return ApiError(503, "model_unavailable", message, retry_after_s=RETRY_AFTER_S * 5)
+    retry_after_s = retry_after_s or RETRY_AFTER_S * 5
+    return ApiError(503, "model_unavailable", message, retry_after_s=retry_after_s)
 
 
-def queue_full(model: str, limit: int) -> ApiError:
+def queue_full(model: str, limit: int, retry_after_s: int | None = None) -> ApiError:
+    """``retry_after_s``: when the model is expected; None: not known."""
     message = f"The queue of model {model!r} is full ({limit} requests); try again later."
+    retry_after_s = retry_after_s or RETRY_AFTER_S
     return ApiError(
-        429, "queue_full", message, kind="rate_limit_error", retry_after_s=RETRY_AFTER_S
+        429, "queue_full", message, kind="rate_limit_error", retry_after_s=retry_after_s
     )
 
 
@@ -149,13 +154,21 @@ def slow_reader(num_tokens: int) -> ApiError:
     return ApiError(503, "slow_reader", message)
 
 
-def from_failure(code: ErrorCode, message: str, prompt_param: str) -> ApiError:
-    """An agent's ``Failed`` chunk as an error. ``prompt_param``: the field with the prompt."""
+def from_failure(
+    code: ErrorCode, message: str, prompt_param: str, retry_after_s: int | None = None
+) -> ApiError:
+    """An agent's ``Failed`` chunk as an error. ``prompt_param``: the field with the prompt.
+
+    ``retry_after_s``: when the model is expected; None: not known.
+    """
     status = _STATUS_OF_FAILURE[code]
     param = prompt_param if status == 400 else None
     if code == "model_not_supported":
         param = "model"
-    retry_after_s = RETRY_AFTER_S if status == 503 else None
+    if status != 503:
+        retry_after_s = None
+    elif code != "model_unavailable" or retry_after_s is None:
+        retry_after_s = RETRY_AFTER_S
     return ApiError(status, code, message, param=param, retry_after_s=retry_after_s)
 
 

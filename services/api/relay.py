@@ -44,6 +44,7 @@ from services.api import errors
 from services.api.answer import Diverged, Piece
 from services.api.call import Background, Call, ClientLeft
 from services.api.errors import ApiError
+from services.api.waits import RetryAfter, unknown
 from services.bus import Bus, BusError, QueueFull, WorkQueue
 from services.bus.connection import Hook, RawMessage
 
@@ -60,8 +61,15 @@ _REMEMBERED = 2048  # requests given up, in case an agent had just pulled one
 class Relay:
     """Owns every open request of this process."""
 
-    def __init__(self, bus: Bus, timeout_s: float, max_queued_per_model: int) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        timeout_s: float,
+        max_queued_per_model: int,
+        retry_after_s: RetryAfter = unknown,
+    ) -> None:
         self._bus = bus
+        self._retry_after_s = retry_after_s
         self._queue = WorkQueue(bus)
         self._timeout_s = timeout_s
         self._max_queued = max_queued_per_model
@@ -150,7 +158,8 @@ class Relay:
         except QueueFull as error:
             if not call.ended:
                 self._drop(call, error)
-            raise errors.queue_full(model, self._max_queued) from error
+            retry_after_s = self._retry_after_s(model)
+            raise errors.queue_full(model, self._max_queued, retry_after_s) from error
         except BusError as error:
             log.warning("request %s for %s was not queued: %s", request_id, model, error)
             # It may have been stored all the same, only the answer was lost: take it back.
@@ -167,9 +176,11 @@ class Relay:
 
     def model_failed(self, model: str, reason: str) -> None:
         """End what waits for ``model`` and has not been started (way 5)."""
+        retry_after_s = self._retry_after_s(model)
         for call in list(self._calls.values()):
             if call.model == model and call.started is None:
-                self._give_up(call, errors.model_unavailable(model, reason), "model_failed")
+                error = errors.model_unavailable(model, reason, retry_after_s)
+                self._give_up(call, error, "model_failed")
 
     async def drain(self, grace_s: float) -> None:
         """Take no more; let open requests end for ``grace_s`` seconds, then end them (way 8)."""
@@ -224,7 +235,8 @@ class Relay:
             case Failed() if chunk.code == "cancelled":
                 self._run_again(call, chunk.request_id, chunk.message)
             case Failed() if chunk.request_id == call.newest_run:
-                error = errors.from_failure(chunk.code, chunk.message, call.param)
+                retry_after_s = self._retry_after_s(call.model)
+                error = errors.from_failure(chunk.code, chunk.message, call.param, retry_after_s)
                 self._end(call, error, chunk.request_id)
 
     def _on_tokens(self, call: Call, chunk: Tokens) -> None:

@@ -16,6 +16,7 @@ from litestar.types import ASGIApp
 from services.api.app import build
 from services.api.catalog import Catalog
 from services.api.relay import Relay
+from services.api.waits import Waits
 from services.bus import Bus, BusError, BusOptions, declare
 from services.settings import Settings
 
@@ -46,10 +47,13 @@ async def run(settings: Settings, bus_options: BusOptions, *, stop: asyncio.Even
     except BusError:
         listener.close()
         raise
-    relay = Relay(bus, api.request_timeout_s, api.max_queued_per_model)
-    catalog = Catalog(bus, relay.model_failed)
+    waits = Waits(bus)
+    after = waits.retry_after_s
+    relay = Relay(bus, api.request_timeout_s, api.max_queued_per_model, after)
+    catalog = Catalog(bus, relay.model_failed, after)
     try:
         await declare(bus, api.max_queued_per_model)
+        await waits.start()
         await catalog.start()
         await relay.start()
         app = build(bus, catalog, relay, api.max_body_bytes)
@@ -59,6 +63,7 @@ async def run(settings: Settings, bus_options: BusOptions, *, stop: asyncio.Even
         await relay.drain(0)
         await relay.close()
         await catalog.stop()
+        await waits.stop()
         await bus.close()
 
 

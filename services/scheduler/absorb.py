@@ -63,6 +63,7 @@ def absorb(state: ClusterState, event: Input, now: float) -> None:
         case ModelLoaded():
             replica = _answered(state, event.gpu, event.model, event.generation, "load")
             if replica:
+                replica.agent.disk.note(event.num_bytes, event.load_s)
                 _complete(replica, "load", now)
         case ModelUnloaded():
             _unload(state, event, now)

@@ -1,7 +1,8 @@
 """decide(state, event, now) -> commands: the whole scheduler, without a clock or a bus.
 
 Pure in this sense: it reads nothing but its arguments and changes nothing but ``state``, so
-replaying the same inputs from an equal state gives the same commands. Total: every input has
+replaying the same inputs from an equal state gives the same commands. What it decided and why is
+noted on the state, to be told (`services.scheduler.decisions`). Total: every input has
 an answer in every state, also one about a GPU, model or generation that nobody knows.
 
 Every call takes three steps:
@@ -22,7 +23,7 @@ A command moves the belief as it is written, so that no later choice counts its 
 
 from schemas.commands import Command
 from schemas.events import RequestEnded, RequestStarted, RequestWithdrawn
-from services.scheduler import eviction, housekeeping, policy, turns, victims
+from services.scheduler import eviction, housekeeping, policy, reasons, turns, victims
 from services.scheduler.absorb import absorb
 from services.scheduler.housekeeping import command
 from services.scheduler.inputs import Demand, Input, Tick
@@ -49,11 +50,12 @@ def decide(state: ClusterState, event: Input, now: float) -> list[Command]:
 
 
 def _call_off(state: ClusterState, arriving: list[Replica], now: float) -> list[Command]:
-    return [
-        command(state, replica, "swap_out", now)
-        for replica in arriving
-        if policy.to_call_off(state, replica)
-    ]
+    commands = []
+    for replica in arriving:
+        if policy.to_call_off(state, replica):
+            reasons.note_call_off(state, replica, now)
+            commands.append(command(state, replica, "swap_out", now))
+    return commands
 
 
 def _serve(state: ClusterState, now: float, most: int) -> list[Command]:
@@ -97,6 +99,7 @@ def _serve_turn(state: ClusterState, turn: turns.Turn, now: float) -> list[Comma
     placement = best.placement
     agent = state.agents[placement.gpu]
     replica = agent.replicas[turn.model]
+    reasons.note_choice(state, turn, options, best, now)
     if placement.victims or placement.action in ("swap_in", "load", "wait"):
         turns.note_decision(state, turn, now)
     if placement.action == "swap_in":
@@ -143,12 +146,15 @@ def _follow_plans(state: ClusterState, plans: list[Plan], now: float) -> list[Co
         )
         turn = turns.turn_at(state, model, plan.gpu)
         if turn is None or not possible:  # 1
+            reasons.note_plan(state, turn, replica, "call_off", now)
             state.drop_plan(model)
         elif spare >= size and agent.free_bytes >= size and not policy.rivals(state, replica):  # 2
             state.drop_plan(model)
+            reasons.note_plan(state, turn, replica, "swap_in", now)
             turns.note_decision(state, turn, now)
             commands.append(_swap_in(state, replica, turn, now))
         elif spare < size:  # 4
+            reasons.note_plan(state, turn, replica, "call_off", now)
             state.drop_plan(model)
     return commands
 
@@ -179,15 +185,15 @@ def _refresh_rooms(state: ClusterState) -> bool:
 
 def _cut_drains_short(state: ClusterState, now: float) -> list[Command]:
     """Where a plan waits for bytes whose owner was idle when it was told to leave, and is not."""
-    gpus = dict.fromkeys(plan.gpu for plan in state.plans.values())
-    return [
-        command(state, replica, "swap_out", now, replica.pending.request_id, preempt=True)
-        for gpu in gpus
-        for replica in victims.drains_to_cut_short(
-            state, state.agents[gpu], state.holds.closed, now
-        )
-        if replica.pending
-    ]
+    commands = []
+    for gpu in dict.fromkeys(plan.gpu for plan in state.plans.values()):
+        agent = state.agents[gpu]
+        for replica in victims.drains_to_cut_short(state, agent, state.holds.closed, now):
+            if replica.pending:
+                reasons.note_cut_drain(state, replica, now)
+                request_id = replica.pending.request_id
+                commands.append(command(state, replica, "swap_out", now, request_id, preempt=True))
+    return commands
 
 
 def _swap_in(state: ClusterState, replica: Replica, turn: turns.Turn, now: float) -> Command:

@@ -1,6 +1,7 @@
 """What swaps and tokens cost, as far as events have told: the numbers that decisions weigh.
 
     swap-in of n bytes     Link: fixed + n / rate            from the traces of swap-ins there
+    load of n bytes        Disk: n / rate                    from the loads there
     time per token         Tempo, per model                  from how requests ended
     requests per second    Tempo, per model                  from when they came
     slack of a replica     tokens sent x target - elapsed    what its requests can be kept waiting
@@ -36,9 +37,34 @@ class Link:
             weight = _WEIGHT if self.s_per_byte else 1.0
             self.s_per_byte += (s_per_byte - self.s_per_byte) * weight
 
+    @property
+    def is_known(self) -> bool:
+        """Whether a swap-in has been measured."""
+        return self.fixed_s > 0 or self.s_per_byte > 0
+
     def swap_in_s(self, num_bytes: int) -> float:
         """For a swap-in that copies ``num_bytes``; 0 while nothing is known."""
         return self.fixed_s + max(0, num_bytes) * self.s_per_byte
+
+
+class Disk:
+    """Where host images of one GPU come from, as its loads measured it."""
+
+    __slots__ = ("s_per_byte",)
+
+    def __init__(self) -> None:
+        self.s_per_byte = 0.0  # 0: unknown
+
+    def note(self, num_bytes: int, load_s: float) -> None:
+        """A load of ``num_bytes`` took ``load_s``."""
+        if num_bytes > 0 and load_s > 0:
+            s_per_byte = load_s / num_bytes
+            weight = _WEIGHT if self.s_per_byte else 1.0
+            self.s_per_byte += (s_per_byte - self.s_per_byte) * weight
+
+    def load_s(self, num_bytes: int) -> float | None:
+        """For a load of ``num_bytes``; None while nothing is known."""
+        return num_bytes * self.s_per_byte if self.s_per_byte else None
 
 
 class Tempo:

@@ -5,7 +5,7 @@ no answer, swap out what its time to live says, preload.
 """
 
 from schemas.commands import Command, Load, Register, SwapIn, SwapOut
-from services.scheduler import host_memory, policy
+from services.scheduler import host_memory, policy, reasons
 from services.scheduler.inputs import Input, Tick
 from services.scheduler.lifecycle import CommandKind
 from services.scheduler.replica import Pending, Replica
@@ -70,8 +70,8 @@ def _repeat_unanswered(state: ClusterState, now: float) -> list[Command]:
 
 def _swap_out_idle(state: ClusterState, now: float) -> list[Command]:
     """Models whose settings say that they leave when nobody wanted them for a while."""
-    return [
-        command(state, replica, "swap_out", now)
+    leaving = [
+        replica
         for model, ttl_s in state.with_ttl.items()
         for replica in list(state.index.of(model).device.values())
         if replica.state == "resident"
@@ -81,6 +81,9 @@ def _swap_out_idle(state: ClusterState, now: float) -> list[Command]:
         and now - max(replica.last_used, replica.resident_since) >= ttl_s
         and (replica.failure is None or replica.failure.retry_at <= now)
     ]
+    for replica in leaving:
+        reasons.note_ttl(state, replica, now)
+    return [command(state, replica, "swap_out", now) for replica in leaving]
 
 
 def _register_missing(state: ClusterState, now: float) -> list[Command]:
@@ -113,6 +116,7 @@ def preload(state: ClusterState, now: float) -> list[Command]:
         agent = state.agents[gpu]
         replica = policy.choose_preload(state, agent, now) if agent.is_usable else None
         if replica:
+            reasons.note_preload(state, replica, now)
             commands.append(command(state, replica, "load", now))
         elif not any(r.failure for r in agent.cold.values()):  # else time alone may change it
             del changed[gpu]

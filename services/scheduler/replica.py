@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from schemas.state import ModelFacts, ReplicaState
-from services.scheduler.estimates import Link
+from services.scheduler.estimates import Disk, Link
 from services.scheduler.index import Index, keep
 from services.scheduler.lifecycle import (
     DEVICE_STATES,
@@ -290,6 +290,7 @@ class Agent:
         self.image_bytes = 0  # of host memory that all images here take, loading ones included
         self.seen_at = 0.0
         self.link = Link()
+        self.disk = Disk()
         self.replicas: dict[str, Replica] = {}
         self.device: dict[str, Replica] = {}
         self.suspended: dict[str, Replica] = {}

@@ -3,7 +3,9 @@
     demand, events, statuses, leases, timers --> one queue --> decide(state, input, now)
                                                                 |- commands to the agents
                                                                 |- HS_PLACEMENT: what is wanted
-                                                                `- HS_MODELS: what users are told
+                                                                |- HS_MODELS: what users are told
+                                                                |- events: what was decided and why
+                                                                `- waits: how long it will take
 
 Everything `decide` is told goes through that one queue, so the order in which it was told
 is the order in which it decided. What waits there is decided in one go, without giving way in
@@ -34,7 +36,14 @@ import msgspec
 
 from schemas import names
 from schemas.commands import Command
-from schemas.events import DeploymentFailed, Event, LeaderElected, kind_of
+from schemas.events import (
+    DecisionMade,
+    DeploymentFailed,
+    Event,
+    LeaderElected,
+    SchedulerEvent,
+    kind_of,
+)
 from schemas.state import AgentStatus, DeploymentRecord, LeaseRecord, PlacementRecord
 from services.bus import (
     Bucket,
@@ -49,6 +58,7 @@ from services.bus import (
 )
 from services.bus.connection import Hook, header_of
 from services.jobs import unless_set, until_first_ends
+from services.scheduler import waits
 from services.scheduler.decide import decide
 from services.scheduler.inputs import AgentLost, Demand, DeploymentAdded, Input, QueueDepths, Tick
 from services.scheduler.leadership import Leadership
@@ -65,6 +75,9 @@ STATUS_PATIENCE_S = 0.25  # for the agents' answers to a new leader
 _RETRY_S = 0.5  # where the server does not answer
 _TURN_S = 0.02  # inputs are decided in one go for so long; then others have their turn
 _NUM_REMEMBERED = 50  # inputs, for the story when `decide` fails
+_WAITS_EACH_S = 1.0  # those who wait are told how long,
+_MOST_WAITS = 64  # so many models at a time: of a long line in turns
+_DECISIONS = names.event_subject("decision_made").partition(names.NO_TOKEN)[0]
 
 
 async def run(settings: Settings, options: BusOptions, *, stop: asyncio.Event) -> None:
@@ -143,6 +156,8 @@ class Leader:
         self._agents_answered = asyncio.Event()
         self._undo: list[Hook] = []  # of what we listen to
         self._lately: deque[tuple[float, Input]] = deque(maxlen=_NUM_REMEMBERED)
+        self._waits_at = 0.0  # when those who wait were told how long
+        self._next_wait = 0  # number of the first model that is told next
 
     def _writer(self, bucket: str, kind: type[T]) -> Writer[T]:
         return Writer(Bucket(self._bus, bucket, kind), lambda: self._leadership.is_held)
@@ -177,8 +192,13 @@ class Leader:
             remember((now, event))
             for command in self._decide(event, now):
                 await self._execute(command, now)
+            if self.state.decisions:
+                await self._tell_decisions()
             observe(event, now)
         await self._publish_deployments(now)
+        is_waited = self.state.waiting or self.state.line
+        if is_waited and now - self._waits_at >= _WAITS_EACH_S:
+            await self._tell_waits(now)
 
     async def close(self) -> None:
         """Listen no more: the next leader in this process has a state of its own."""
@@ -241,6 +261,8 @@ class Leader:
         self._has_inputs.set()
 
     def _on_event(self, subject: str, data: bytes, headers: bytes) -> None:
+        if subject.startswith(_DECISIONS):
+            return  # our own, and no news
         try:
             self._tell(_event_decoder.decode(data))
         except msgspec.DecodeError as error:
@@ -307,6 +329,22 @@ class Leader:
         )
         self._placement.put(names.replica_key(command.gpu, command.model), record)
 
+    async def _tell_decisions(self) -> None:
+        for decision in self.state.decisions.take():
+            self._spans.explain(decision)
+            await self._announce(decision)
+
+    async def _tell_waits(self, now: float) -> None:
+        """How long models will be waited for, to whoever listens."""
+        self._waits_at = now
+        told = waits.predictions(self.state, now, self._next_wait, _MOST_WAITS)
+        self._next_wait += _MOST_WAITS
+        for wait in told:
+            try:
+                await self._bus.publish(names.wait_subject(wait.model), wait)
+            except BusError as error:
+                log.warning("lost the predicted wait for %s: %s", wait.model, error)
+
     async def _publish_deployments(self, now: float) -> None:
         """Write the deployments whose record has changed, and tell of those that failed."""
         self._to_publish.update(dict.fromkeys(self.state.take_touched()))
@@ -323,10 +361,11 @@ class Leader:
                 if record.status == "failed":
                     await self._announce(DeploymentFailed(name, now, record.reason))
 
-    async def _announce(self, event: LeaderElected | DeploymentFailed) -> None:
-        model = event.model if isinstance(event, DeploymentFailed) else ""
+    async def _announce(self, event: SchedulerEvent) -> None:
+        gpu = event.gpu if isinstance(event, DecisionMade) else ""
+        model = "" if isinstance(event, LeaderElected) else event.model
         try:
-            await self._bus.publish(names.event_subject(kind_of(event), model=model), event)
+            await self._bus.publish(names.event_subject(kind_of(event), gpu, model), event)
         except BusError as error:
             log.error("lost the event %s: %s", event, error)
 

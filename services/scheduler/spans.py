@@ -3,6 +3,8 @@
 The span hangs below the request that waited longest, starts with the first command that is
 given for it and ends when its model is resident. The agent's load, swap-out and swap-in
 spans hang below this one, because commands carry its context.
+
+The first decision for it is told in its attributes, later ones as its events.
 """
 
 from collections import OrderedDict
@@ -14,6 +16,7 @@ from opentelemetry import propagate, trace
 from schemas.commands import Command, Register, SwapOut
 from schemas.events import (
     CommandFailed,
+    DecisionMade,
     RequestEnded,
     RequestStarted,
     RequestWithdrawn,
@@ -37,6 +40,7 @@ class SwitchSpans:
         self._headers: OrderedDict[str, bytes] = OrderedDict()
         # request id -> (the model it waits for, as far as known, and its span)
         self._open: OrderedDict[str, tuple[str, trace.Span]] = OrderedDict()
+        self._explained: set[str] = set()  # of these requests
 
     def remember(self, request_id: str, headers: bytes) -> None:
         """The trace context that came with a demand, if any: its header block."""
@@ -74,6 +78,28 @@ class SwitchSpans:
         with trace.use_span(span, end_on_exit=False):
             yield
 
+    def explain(self, decision: DecisionMade) -> None:
+        """Say in the span of the request that it was made for, if it has one, what was decided."""
+        request_id = decision.request_id
+        if request_id not in self._open:
+            return
+        _, span = self._open[request_id]
+        facts: dict[str, str | int | float] = {
+            "hotswap.action": decision.action,
+            "hotswap.reason": decision.reason,
+            "hotswap.victims": ", ".join(f"{v.model} ({v.how})" for v in decision.victims),
+            "hotswap.candidates": decision.num_candidates,
+            "hotswap.urgency": decision.urgency,
+        }
+        if decision.predicted_wait_s is not None:
+            facts["hotswap.predicted_wait_s"] = decision.predicted_wait_s
+        if request_id in self._explained:
+            at = telemetry.nanoseconds(decision.at)
+            span.add_event("decision", facts, timestamp=at)
+        else:
+            self._explained.add(request_id)
+            span.set_attributes(facts)
+
     def observe(self, event: Input, now: float) -> None:
         """End the spans whose model came in, failed, or is not waited for any more."""
         match event:
@@ -102,6 +128,7 @@ class SwitchSpans:
 
     def _end(self, request_id: str, now: float, error: str = "") -> None:
         _, span = self._open.pop(request_id)
+        self._explained.discard(request_id)
         if error:
             span.set_status(trace.Status(trace.StatusCode.ERROR, error))
         span.end(telemetry.nanoseconds(now))

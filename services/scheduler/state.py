@@ -19,6 +19,7 @@ import msgspec
 from schemas.names import RequestClass
 from schemas.state import ModelFacts, ModelSpec
 from services.scheduler import invariants
+from services.scheduler.decisions import Decisions
 from services.scheduler.estimates import Tempo
 from services.scheduler.index import Index
 from services.scheduler.replica import Agent, Replica
@@ -203,6 +204,7 @@ class ClusterState:
         self.index = Index()
         self.line = Line()
         self.holds = Holds()
+        self.decisions = Decisions()  # that were made and not told yet
         self.tempos: dict[str, Tempo] = {}  # how fast models write
         self.shares = Shares()  # what tenants have used
         self.with_ttl: dict[str, float] = {}  # models that leave after so many idle seconds

@@ -15,6 +15,7 @@ from schemas.state import (
     LeaseRecord,
     ModelFacts,
     ModelSpec,
+    PredictedWait,
     ReplicaState,
     ResidencyRecord,
     SwapTrace,
@@ -46,9 +47,10 @@ FACTS = ModelFacts(
 
 
 class ScriptedScheduler:
-    """Writes deployments and the leader's lease."""
+    """Writes deployments and the leader's lease, and predicts waits."""
 
     def __init__(self, bus: Bus) -> None:
+        self._bus = bus
         self._models = Bucket(bus, names.BUCKET_MODELS, DeploymentRecord)
         self._leases = Bucket(bus, names.BUCKET_LEASES, LeaseRecord)
 
@@ -64,6 +66,11 @@ class ScriptedScheduler:
         spec = ModelSpec(name=model, source="/models/x")
         record = DeploymentRecord(spec=spec, status="failed", reason=reason)
         await self._models.put(names.escape(model), record)
+
+    async def predict(self, model: str, wait_s: float) -> None:
+        wait = PredictedWait(model, time.time(), wait_s, 1, 0, time.time(), 1)
+        await self._bus.publish(names.wait_subject(model), wait)
+        await self._bus.flush()
 
     async def remove(self, model: str) -> None:
         await self._models.delete(names.escape(model))

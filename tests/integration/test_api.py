@@ -231,6 +231,17 @@ async def test_full_queue_is_429(stack: Stack) -> None:
     assert [(await one).status_code for one in waiting] == [200] * MAX_QUEUED
 
 
+async def test_a_client_is_told_to_try_again_when_the_model_is_expected(stack: Stack) -> None:
+    await stack.scheduler.predict(MODEL, 100.0)  # more than is ever told
+    waiting = [asyncio.create_task(stack.ask()) for _ in range(MAX_QUEUED)]
+    await stack.queue_holds(MAX_QUEUED)
+    answer = await stack.ask()
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "60")
+    await stack.scheduler.fail(MODEL, "out of luck")
+    for refused in (*[await one for one in waiting], await stack.ask()):
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "60")
+
+
 @pytest.mark.parametrize(
     ("code", "status"),
     [

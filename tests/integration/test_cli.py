@@ -14,6 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from schemas import names
+from schemas.decisions import Candidate, Victim
+from schemas.events import DecisionMade, kind_of
 from schemas.state import DeploymentRecord, ModelSpec
 from services.bus import Bucket, declare
 from services.cli import cli
@@ -177,6 +179,70 @@ def test_up_is_stopped_while_it_starts(hotswap: Hotswap, number: signal.Signals)
     _, alive = psutil.wait_procs(family, timeout=2)
     assert not alive, log.read_text()
     assert hotswap.processes() == []
+
+
+async def test_explain(hotswap: Hotswap, nats_server: NatsServer) -> None:
+    hotswap.write()
+    creds = str(nats_server.plan.credential_files["admin"])
+    async with connected(nats_server, "scheduler", "agent") as buses:
+        scheduler = buses["scheduler"]
+        await declare(scheduler)
+        models = Bucket(scheduler, names.BUCKET_MODELS, DeploymentRecord)
+        for model in ("a.b", "m", "new"):
+            record = DeploymentRecord(ModelSpec(name=model, source="/nowhere/m"), "ready")
+            await models.put(names.escape(model), record)
+        for number in range(3):
+            decision = DecisionMade(
+                "m",
+                GPU,
+                "evict",
+                time.time(),
+                f"reason {number}",
+                victims=(Victim("a.b", "idle", idle_s=3.0),) if number else (),
+                candidates=(Candidate(GPU, "evict", 3, 0.5, 2**20, ("a.b",)),),
+                num_candidates=1,
+            )
+            await scheduler.publish(names.event_subject(kind_of(decision), GPU, "m"), decision)
+        await scheduler.flush()
+        gpu = ScriptedGpu(buses["agent"])
+        await gpu.start()
+
+        async def explained(*arguments: str) -> str:
+            done = await asyncio.to_thread(hotswap.run, "explain", "--creds", creds, *arguments)
+            status, out, errors = done
+            assert status == 0, errors
+            return out
+
+        found = json.loads(await explained("m", "--json", "--last", "2"))
+        text = await explained("a.b")
+        nothing = await explained("new")
+        status, out, errors = await asyncio.to_thread(
+            hotswap.run, "explain", "--creds", creds, "other"
+        )
+        await gpu.stop()
+    assert [one["reason"] for one in found["decisions"]] == ["reason 1", "reason 2"]
+    assert found["decisions"][0]["victims"] == [
+        {"model": "a.b", "how": "idle", "idle_s": 3.0, "slack_s": None}
+    ]
+    assert (found["deployment"]["status"], found["replicas"], found["waits"]) == ("ready", {}, None)
+    lines = text.splitlines()
+    assert lines[0] == "a.b  ready"
+    assert [line[14:] for line in lines[4:]] == [
+        f"had to leave {GPU} for m (idle for 3.0 s); m: reason {number}" for number in (1, 2)
+    ]
+    assert "no decision about it yet" in nothing
+    assert (status, out) == (1, "")
+    assert "there is no model 'other'; there are: a.b, m, new" in errors
+
+
+def test_explain_without_a_server(hotswap: Hotswap) -> None:
+    hotswap.write()
+    assert "Is `hotswap up` running" in hotswap.fails("explain", "m")
+    creds = hotswap.folder / "creds.json"
+    creds.write_text("{}")
+    url = f"nats://127.0.0.1:{free_port(0)}"
+    said = hotswap.fails("explain", "m", "--nats", url, "--creds", str(creds))
+    assert f"no NATS connection to {url}" in said
 
 
 async def test_status_as_json(hotswap: Hotswap, nats_server: NatsServer) -> None:

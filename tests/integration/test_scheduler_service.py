@@ -1,6 +1,7 @@
 """The scheduler's service over a real nats-server, with a scripted agent."""
 
 import asyncio
+import itertools
 import logging
 import sys
 import time
@@ -15,17 +16,25 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from schemas import names
 from schemas.commands import Command, Load, SwapIn, SwapOut
-from schemas.events import LeaderElected, RequestEnded, RequestWithdrawn, SwapOutCompleted, kind_of
+from schemas.events import (
+    DecisionMade,
+    LeaderElected,
+    RequestEnded,
+    RequestWithdrawn,
+    SwapOutCompleted,
+    kind_of,
+)
 from schemas.requests import GenerateRequest, SamplingParams, TextPrompt
-from schemas.state import DeploymentRecord, LeaseRecord, PlacementRecord
+from schemas.state import DeploymentRecord, LeaseRecord, PlacementRecord, PredictedWait
 from services import telemetry
-from services.bus import Bucket, Bus, WorkQueue
+from services.bus import Bucket, Bus, Message, WorkQueue
+from services.ops.explain import read_decisions
 from services.scheduler import service
 from services.scheduler.decide import decide
 from services.scheduler.inputs import Demand, Input
 from services.scheduler.state import ClusterState
 from services.settings import ModelSettings, SchedulerSettings, Settings, dump
-from tests.integration.agent_kit import Watcher, connected, eventually
+from tests.integration.agent_kit import Log, Watcher, connected, eventually
 from tests.integration.nats_process import NatsServer
 from tests.integration.scripted_gpu import GPU, ScriptedGpu
 
@@ -192,6 +201,74 @@ async def test_demand_says_who_it_is_for(cluster: Cluster, monkeypatch: pytest.M
         for name, tenant in (("r1", "2c70e12b7a0646f9"), ("r2", ""))
     }
     assert set(states[-1].shares.accounts) <= {"2c70e12b7a0646f9", ""}
+
+
+async def test_decisions_are_kept_in_the_stream_with_their_reasons(
+    cluster: Cluster, spans: InMemorySpanExporter
+) -> None:
+    cluster.start_scheduler()
+    await cluster.are_loaded()
+    await cluster.ask("r1", "a")
+    await cluster.events.until(RequestEnded, request_id="r1")
+    await cluster.ask("r2", "b")
+    await cluster.events.until(RequestEnded, request_id="r2")
+    await cluster.events.until(DecisionMade, model="b", action="swap_in")
+    about_a = await read_decisions(cluster.admin, "a", 9, time.time())
+    assert [(one.model, one.action) for one in about_a] == [
+        ("a", "load"),
+        ("a", "swap_in"),
+        ("b", "evict"),
+    ]
+    evict = about_a[-1]
+    assert (evict.gpu, evict.request_id, evict.urgency) == (GPU, "r2", "in_time")
+    assert evict.reason == f"idle on {GPU}, and first to leave: a"
+    assert [(victim.model, victim.how) for victim in evict.victims] == [("a", "idle")]
+    assert [(one.gpu, one.victims) for one in evict.candidates] == [(GPU, ("a",))]
+    assert evict.predicted_wait_s is not None  # the swap-in before has been measured
+    assert evict.predicted_wait_s >= 0
+    last = await read_decisions(cluster.admin, "b", 1, time.time())
+    assert [(one.action, one.request_id) for one in last] == [("swap_in", "r2")]
+
+    async def both_ended() -> bool:
+        return len(spans.get_finished_spans()) == 2
+
+    await eventually(both_ended, "two spans")
+    _, switch = spans.get_finished_spans()
+    assert switch.attributes
+    found = {name: switch.attributes[f"hotswap.{name}"] for name in ("action", "reason", "victims")}
+    assert found == {"action": "evict", "reason": evict.reason, "victims": "a (idle)"}
+    assert (switch.attributes["hotswap.candidates"], switch.attributes["hotswap.urgency"]) == (
+        1,
+        "in_time",
+    )
+    assert switch.attributes["hotswap.predicted_wait_s"] == evict.predicted_wait_s
+    assert [event.name for event in switch.events] == ["decision"]
+    assert (switch.events[0].attributes or {})["hotswap.action"] == "swap_in"
+
+
+async def test_who_waits_is_told_how_long_about_once_a_second(cluster: Cluster) -> None:
+    told = Log()
+
+    async def on_wait(message: Message[PredictedWait]) -> None:
+        await told.add(message.body)
+
+    await cluster.api.subscribe(names.wait_subject(), PredictedWait, on_wait)
+    await cluster.api.flush()
+    cluster.start_scheduler()
+    await cluster.are_loaded()
+    await cluster.ask("r1", "a")
+    await cluster.events.until(RequestEnded, request_id="r1")
+    cluster.gpu.is_stuck = True
+    asked_at = time.time()
+    seen = len(told.items)
+    await cluster.ask("r2", "b")
+    await told.until_true(lambda: len(told.all(PredictedWait, seen, model="b")) == 3, "three waits")
+    waits = told.all(PredictedWait, seen, model="b")
+    assert {(wait.num_waiters, wait.num_suspended) for wait in waits} == {(1, 0)}
+    assert all(abs(wait.since - asked_at) < 1.0 for wait in waits)
+    assert all(later.at - wait.at >= 1.0 for wait, later in itertools.pairwise(waits))
+    await cluster.take_back("r2", "b")
+    await cluster.events.until(SwapOutCompleted, model="b")
 
 
 async def test_what_is_wanted_and_what_users_are_told(cluster: Cluster) -> None:

@@ -11,7 +11,7 @@ import msgspec
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
 from schemas.commands import Command
-from schemas.events import RequestEnded, RequestStarted
+from schemas.events import DecisionMade, RequestEnded, RequestStarted
 from schemas.stream import RequestTiming
 from services.scheduler.decide import decide
 from services.scheduler.inputs import Entry, Input, QueueDepths, Tick
@@ -49,6 +49,7 @@ class Cluster(RuleBasedStateMachine):
         self.steps_left: dict[str, int] = {}  # of long answers, in quiet steps
         self.log: list[Entry] = []
         self.commands: list[Command] = []
+        self.decisions: list[DecisionMade] = []
         self.generations: dict[tuple[str, str], int] = {}
 
     def tell(self, event: Input) -> None:
@@ -60,6 +61,7 @@ class Cluster(RuleBasedStateMachine):
             self.generations[replica] = command.generation
             self.commands.append(command)
             self.agents[command.gpu].inbox.append(command)
+        self.decisions += self.state.decisions.take()
         self.state.validate()
 
     @property
@@ -143,10 +145,11 @@ class Cluster(RuleBasedStateMachine):
         """Nobody waits: after retries and preloads there is nothing left to command."""
         for _ in range(int(REST_S / QUIET_STEP_S)):
             self.quiet_step()
-        num_commands = len(self.commands)
+        num_commands, num_decisions = len(self.commands), len(self.decisions)
         for _ in range(int(REST_S / QUIET_STEP_S)):
             self.quiet_step()
         assert not self.commands[num_commands:], self.story()
+        assert not self.decisions[num_decisions:]
 
     def story(self) -> str:
         return "\n".join(
@@ -156,8 +159,13 @@ class Cluster(RuleBasedStateMachine):
         )
 
     def check_replay(self) -> None:
-        """The log as JSON, told to a fresh state: the same commands."""
+        """The log as JSON, told to a fresh state: the same commands, for the same reasons."""
         log = msgspec.json.decode(msgspec.json.encode(self.log), type=list[Entry])
         state = ClusterState(epoch=7, config=CONFIG)
-        again = [command for entry in log for command in decide(state, entry.event, entry.now)]
+        again: list[Command] = []
+        decisions: list[DecisionMade] = []
+        for entry in log:
+            again += decide(state, entry.event, entry.now)
+            decisions += state.decisions.take()
         assert again == self.commands
+        assert decisions == self.decisions

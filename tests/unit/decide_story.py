@@ -2,7 +2,8 @@
 
 Sizes are MiB. A `Story` answers nothing by itself: each test says what agents report.
 `validate` runs after every input. What `tell` returns is without the times that a SwapIn
-carries for its trace; `Story.commands` has all of it.
+carries for its trace; `Story.commands` has all of it. `Story.decided` takes what was noted to be
+told since it was asked last.
 """
 
 from typing import Literal
@@ -12,6 +13,7 @@ import msgspec
 from schemas.commands import Command, SwapIn
 from schemas.events import (
     CommandFailed,
+    DecisionMade,
     ModelLoaded,
     ModelRegistered,
     ModelUnloaded,
@@ -66,6 +68,9 @@ class Story:
         self.state.validate()
         self.commands += commands
         return [_without_times(command) for command in commands]
+
+    def decided(self) -> list[DecisionMade]:
+        return self.state.decisions.take()
 
     def replica(self, model: str, gpu: str = GPU) -> Replica:
         return self.state.agents[gpu].replicas[model]

@@ -20,7 +20,7 @@ import msgspec
 import pytest
 
 import schemas
-from schemas import commands, events, requests, state, stream
+from schemas import commands, decisions, events, requests, state, stream
 
 GOLDEN = Path(__file__).parent / "golden" / "messages.jsonl"
 
@@ -233,6 +233,36 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         text="…",
     ),
     stream.Failed(**_CHUNK, code="engine_failed", message="the engine worker died"),
+    events.DecisionMade(
+        model="m",
+        gpu="gpu0",
+        action="evict",
+        at=AT,
+        reason="idle models on gpu0 make room",
+        request_id="req-1",
+        waited_s=0.25,
+        due_at=AT - 1,
+        urgency="late",
+        priority=-7,
+        num_waiters=3,
+        num_suspended=2,
+        predicted_wait_s=0.5,
+        victims=(decisions.Victim(model="o", how="preempted", idle_s=1.5, slack_s=2.5),),
+        candidates=(
+            decisions.Candidate(
+                gpu="gpu0",
+                action="evict",
+                rank=3,
+                cost_s=0.75,
+                missing_bytes=247_463_936,
+                victims=("o",),
+            ),
+        ),
+        num_candidates=1,
+    ),
+    state.PredictedWait(
+        model="m", at=AT, wait_s=0.5, num_waiters=3, num_suspended=2, since=AT - 1, place=1
+    ),
 )
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from schemas import names
 from schemas.commands import Command, SwapIn
-from schemas.events import Event, LeaderElected, RequestWithdrawn, kind_of
+from schemas.events import DecisionMade, Event, LeaderElected, RequestWithdrawn, kind_of
 from schemas.requests import CancelRequest
 from schemas.state import (
     AgentStatus,
@@ -14,6 +14,7 @@ from schemas.state import (
     LeaseRecord,
     ModelSpec,
     PlacementRecord,
+    PredictedWait,
     ResidencyRecord,
 )
 from schemas.stream import Tokens
@@ -37,6 +38,8 @@ FORBIDDEN_TO_PUBLISH = [
     ("api", "$KV.HS_LEASES.scheduler.leader"),
     ("api", "_INBOX_agent.x"),
     ("api", "$JS.API.STREAM.DELETE.HS_REQUESTS"),
+    ("api", names.wait_subject(MODEL)),
+    ("api", names.event_subject("decision_made", "g0", MODEL)),
     ("scheduler", names.request_subject("interactive", MODEL)),
     ("scheduler", "_INBOX_api.x"),
     ("scheduler", f"$JS.API.CONSUMER.CREATE.HS_REQUESTS.{names.consumer_name(MODEL)}"),
@@ -47,6 +50,8 @@ FORBIDDEN_TO_PUBLISH = [
     ("agent", "$KV.HS_MODELS.x"),
     ("agent", "$KV.HS_LEASES.scheduler.leader"),
     ("agent", names.event_subject("leader_elected")),
+    ("agent", names.event_subject("decision_made", "g0", MODEL)),
+    ("agent", names.wait_subject(MODEL)),
     ("agent", "$JS.API.STREAM.PURGE.HS_REQUESTS"),
 ]
 FORBIDDEN_TO_SUBSCRIBE = [
@@ -101,6 +106,7 @@ async def test_every_service_can_do_what_it_needs(
     for bus, subject, kind in (
         (scheduler, f"{names.PREFIX}.events.>", Event),
         (scheduler, names.status_subject(), AgentStatus),
+        (api, names.wait_subject(), PredictedWait),
         (agent, names.command_subject("g0"), Command),
         (agent, names.cancel_subject(), CancelRequest),
         (agent, names.event_subject("leader_elected"), LeaderElected),
@@ -119,9 +125,13 @@ async def test_every_service_can_do_what_it_needs(
     await placement.put(f"g0.{key}", PlacementRecord("g0", MODEL, "resident", 1, 1))
     assert list(await models.items()) == [key]
     elected = LeaderElected("s", leader.epoch, time.time())
-    sent: list[object] = [elected, elected, COMMAND]  # agents hear who leads, too
+    decided = DecisionMade(MODEL, "g0", "claim", time.time(), "no room")
+    wait = PredictedWait(MODEL, time.time(), 0.5, 1, 0, time.time(), 1)
+    sent: list[object] = [elected, elected, COMMAND, decided, wait]  # agents hear who leads, too
     await scheduler.publish(names.event_subject(kind_of(elected)), elected)
     await scheduler.publish(names.command_subject("g0"), COMMAND)
+    await scheduler.publish(names.event_subject(kind_of(decided), "g0", MODEL), decided)
+    await scheduler.publish(names.wait_subject(MODEL), wait)
 
     # the agent holds its lease, tells, serves
     held = Lease(agent, names.agent_lease_key("g0"), "a", ttl_s=5)
