@@ -139,7 +139,8 @@ class SchedulerSettings(_Section, frozen=True):
     token_target_s: float = 0.1  # time per output token aimed at, where a model names none
     preemption: Literal["slack", "off"] = "slack"  # busy models with slack give way; off: none does
     replicate: bool = True  # a model that is too busy for one GPU may be on several
-    starvation_s: float = 10.0  # a model that waited this long goes first, whatever else
+    prefetch: bool = False  # bring in what may be wanted next, into memory that nobody uses
+    starvation_s: float = 3.0  # a model that waited this long goes first, whatever else
     fair_shares: bool = True  # who used more of the GPUs than others waits behind them
 
     def __post_init__(self) -> None:

@@ -12,7 +12,8 @@ Every call takes three steps:
    what agents do not know yet; on a `Tick` also give up silent agents, try failed replicas again,
    and repeat what got no answer.
 3. *Serve*: call off what nobody waits for, then the models in line in turn
-   (`services.scheduler.turns` orders them, `services.scheduler.policy` chooses), then preload.
+   (`services.scheduler.turns` orders them, `services.scheduler.policy` chooses), then preload and
+   prefetch.
 
 News about a request is most of it, and most of that changes nothing: the model is there. So what
 is looked at is what changed (`services.scheduler.index`): the models whose waiters or replicas
@@ -46,7 +47,8 @@ def decide(state: ClusterState, event: Input, now: float) -> list[Command]:
     is_tick = isinstance(event, Tick)
     commands += _serve(state, now, _MOST_TURNS_AT_TICK if is_tick else _MOST_TURNS)
     commands += _cut_drains_short(state, now)
-    return commands + housekeeping.preload(state, now)
+    commands += housekeeping.preload(state, now)
+    return commands + housekeeping.prefetches(state, now) if is_tick else commands
 
 
 def _call_off(state: ClusterState, arriving: list[Replica], now: float) -> list[Command]:
@@ -102,11 +104,12 @@ def _serve_turn(state: ClusterState, turn: turns.Turn, now: float) -> list[Comma
     reasons.note_choice(state, turn, options, best, now)
     if placement.victims or placement.action in ("swap_in", "load", "wait"):
         turns.note_decision(state, turn, now)
+    commands = _give_way(state, agent, placement, turn, now)
     if placement.action == "swap_in":
-        return [_swap_in(state, replica, turn, now)]
+        return [*commands, _swap_in(state, replica, turn, now)]
     if placement.action == "load":
         return [command(state, replica, "load", now, turn.request_id)]
-    commands = [
+    commands += [
         _evict(state, agent.replicas[model], turn, placement.action, now)
         for model in placement.victims
     ]
@@ -116,6 +119,20 @@ def _serve_turn(state: ClusterState, turn: turns.Turn, now: float) -> list[Comma
         state.holds.claim(turn.model, placement.gpu, replica.footprint_bytes)
     else:
         state.add_plan(Plan(turn.model, placement.gpu, turn.request_id))
+    return commands
+
+
+def _give_way(
+    state: ClusterState, agent: Agent, placement: policy.Placement, turn: turns.Turn, now: float
+) -> list[Command]:
+    """The link is for those who wait: call off what is prefetched there, victims apart."""
+    if not state.config.prefetch or placement.action not in ("swap_in", "wait", "evict"):
+        return []
+    commands = []
+    for replica in list(agent.device.values()):
+        if replica.model not in placement.victims and victims.gives_way(state, replica):
+            reasons.note_gave_way(state, replica, turn.model, now)
+            commands.append(command(state, replica, "swap_out", now))
     return commands
 
 

@@ -1,11 +1,11 @@
 """What is done without anybody waiting for it, and the one place where commands are written.
 
 Register what agents do not know, give up silent agents, try failed replicas again, repeat what got
-no answer, swap out what its time to live says, preload.
+no answer, swap out what its time to live says, preload, prefetch.
 """
 
 from schemas.commands import Command, Load, Register, SwapIn, SwapOut
-from services.scheduler import host_memory, policy, reasons
+from services.scheduler import host_memory, policy, prefetch, reasons
 from services.scheduler.inputs import Input, Tick
 from services.scheduler.lifecycle import CommandKind
 from services.scheduler.replica import Pending, Replica
@@ -59,6 +59,7 @@ def _repeat_unanswered(state: ClusterState, now: float) -> list[Command]:
             decided_at=replica.pending.decided_at,
             preempt=replica.pending.preempt,
             is_unasked=replica.pending.is_unasked,
+            is_prefetch=replica.pending.is_prefetch,
         )
         for replica in list(state.index.pending.values())
         if replica.pending
@@ -123,6 +124,17 @@ def preload(state: ClusterState, now: float) -> list[Command]:
     return commands
 
 
+def prefetches(state: ClusterState, now: float) -> list[Command]:
+    """Swap-ins of models that may be wanted next, where it hurts nobody."""
+    if not state.config.prefetch:
+        return []
+    commands: list[Command] = []
+    for replica in list(prefetch.choose(state, now)):
+        reasons.note_prefetch(state, replica, now)
+        commands.append(command(state, replica, "swap_in", now, is_unasked=True, is_prefetch=True))
+    return commands
+
+
 def command(
     state: ClusterState,
     replica: Replica,
@@ -134,6 +146,7 @@ def command(
     decided_at: float = 0.0,
     preempt: bool = False,
     is_unasked: bool = False,
+    is_prefetch: bool = False,
 ) -> Command:
     """Write the command and believe at once that it is under way.
 
@@ -146,7 +159,15 @@ def command(
     replica.last_kind = kind
     replica.believe_at = None
     replica.pending = Pending(
-        kind, request_id, now, now, waiting_since, decided_at, preempt, is_unasked
+        kind,
+        request_id,
+        now,
+        now,
+        waiting_since,
+        decided_at,
+        preempt,
+        is_unasked,
+        is_prefetch,
     )
     where = (replica.gpu, replica.model, state.epoch, replica.generation)
     match kind:

@@ -276,7 +276,8 @@ def weigh(
         else:
             continue
         leaving = (victims or ()) if action in ("evict", "make_room") else ()
-        leaving = tuple(r for r in leaving if r.state == "resident")  # the rest is let in first
+        # Suspended ones are let in first; what is prefetched is called off.
+        leaving = tuple(r for r in leaving if r.state in ("resident", "swapping_in"))
         options.append(
             Option(
                 rank=rank,

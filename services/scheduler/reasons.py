@@ -105,6 +105,22 @@ def note_ttl(state: ClusterState, replica: Replica, now: float) -> None:
     _note(state, _nobody(replica.model), replica.gpu, "swap_out", words, now)
 
 
+def note_prefetch(state: ClusterState, replica: Replica, now: float) -> None:
+    """It is brought in on a guess."""
+    per_min = 60 * state.tempo(replica.model).asked_per_s(now)
+    words = (
+        f"nobody waits, there is room on {replica.gpu}, and it was asked for {per_min:.1f} times a "
+        "minute lately: prefetched"
+    )
+    _note(state, _nobody(replica.model), replica.gpu, "swap_in", words, now)
+
+
+def note_gave_way(state: ClusterState, replica: Replica, model: str, now: float) -> None:
+    """It was on its way in on a guess, and ``model`` is wanted there."""
+    words = f"it was prefetched, nobody has asked for it, and {model} is wanted on {replica.gpu}"
+    _note(state, _nobody(replica.model), replica.gpu, "call_off", words, now)
+
+
 def note_preload(state: ClusterState, replica: Replica, now: float) -> None:
     """Its host image is filled before anybody asks."""
     words = f"nobody asked: its image fits into the host memory of {replica.gpu} (preload)"

@@ -53,7 +53,8 @@ class Pending:
     waiting_since: float = 0.0  # of a swap-in
     decided_at: float = 0.0  # likewise
     preempt: bool = False  # of a swap-out
-    is_unasked: bool = False  # a swap-in that nobody waits for: pinned, or one replica more
+    is_unasked: bool = False  # a swap-in that nobody waits for: pinned, or one replica more,
+    is_prefetch: bool = False  # or a guess
 
 
 @dataclass(slots=True)

@@ -64,7 +64,7 @@ from services.scheduler.inputs import AgentLost, Demand, DeploymentAdded, Input,
 from services.scheduler.leadership import Leadership
 from services.scheduler.spans import SwitchSpans
 from services.scheduler.state import ClusterState, PolicyConfig
-from services.settings import Settings
+from services.settings import SchedulerSettings, Settings
 
 log = logging.getLogger(__name__)
 
@@ -123,22 +123,26 @@ async def _lead(bus: Bus, settings: Settings, leadership: Leadership, stop: asyn
         await leader.close()
 
 
+def policy_config(knobs: SchedulerSettings) -> PolicyConfig:
+    """The policy as the configuration sets it."""
+    return PolicyConfig(
+        run_quantum_s=knobs.run_quantum_s,
+        ttft_target_s=knobs.ttft_target_s,
+        token_target_s=knobs.token_target_s,
+        starvation_s=knobs.starvation_s,
+        preemption=knobs.preemption,
+        replicate=knobs.replicate,
+        prefetch=knobs.prefetch,
+        fair_shares=knobs.fair_shares,
+        retry_s=knobs.retry_failed_s,
+    )
+
+
 class Leader:
     """Owns the cluster state. Listeners only put inputs into the queue; `run` decides."""
 
     def __init__(self, bus: Bus, settings: Settings, leadership: Leadership) -> None:
-        knobs = settings.scheduler
-        config = PolicyConfig(
-            run_quantum_s=knobs.run_quantum_s,
-            ttft_target_s=knobs.ttft_target_s,
-            token_target_s=knobs.token_target_s,
-            starvation_s=knobs.starvation_s,
-            preemption=knobs.preemption,
-            replicate=knobs.replicate,
-            fair_shares=knobs.fair_shares,
-            retry_s=knobs.retry_failed_s,
-        )
-        self.state = ClusterState(leadership.epoch, config)
+        self.state = ClusterState(leadership.epoch, policy_config(settings.scheduler))
         self._leadership = leadership
         self._bus = bus
         self._settings = settings

@@ -54,6 +54,7 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     preemption: Literal["slack", "off"] = "slack"
     replicate: bool = True  # another replica of a model that is served, but too slowly,
     crowd: int = 8  # where each has so many requests
+    prefetch: bool = False  # what may be wanted next comes in unasked, if it hurts nobody
     fair_shares: bool = True  # who used more than others waits behind them,
     put_back_s: float = 10.0  # but for so much longer at most than `starvation_s`
     retry_s: float = 10.0  # first retry of a failed replica; doubles with each failure

@@ -1,6 +1,7 @@
 """Who leaves the device so that another model may come in: pure choices.
 
     idle    nobody runs there or waits for it                   leaves at once
+    coming  prefetched, and nobody has asked for it yet         is called off
     busy    it had its quantum, and its requests are so far     preempted: its requests are
             ahead of their target that they can be kept         suspended
             waiting for the newcomer's turn; or the newcomer
@@ -17,9 +18,20 @@ from services.scheduler.replica import Agent, Replica
 from services.scheduler.state import ClusterState
 
 
+def gives_way(state: ClusterState, replica: Replica) -> bool:
+    """It is prefetched (`services.scheduler.prefetch`), on its way in, and nobody wants it yet."""
+    pending = replica.pending
+    return (
+        replica.state == "swapping_in"
+        and pending is not None
+        and pending.is_prefetch
+        and state.is_idle(replica)
+    )
+
+
 def _can_leave(state: ClusterState, replica: Replica, now: float) -> bool:
     """Resident and free to be commanded; one that failed to leave is left alone for a while."""
-    return (
+    return gives_way(state, replica) or (
         replica.state == "resident"
         and replica.is_settled
         and (replica.failure is None or replica.failure.retry_at <= now)

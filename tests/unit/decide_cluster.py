@@ -161,7 +161,7 @@ class Cluster(RuleBasedStateMachine):
     def check_replay(self) -> None:
         """The log as JSON, told to a fresh state: the same commands, for the same reasons."""
         log = msgspec.json.decode(msgspec.json.encode(self.log), type=list[Entry])
-        state = ClusterState(epoch=7, config=CONFIG)
+        state = ClusterState(epoch=7, config=self.state.config)
         again: list[Command] = []
         decisions: list[DecisionMade] = []
         for entry in log:

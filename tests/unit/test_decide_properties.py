@@ -6,6 +6,7 @@ What must come of all this is in `tests.unit.decide_cluster`.
 import random
 from collections.abc import Callable
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -214,10 +215,12 @@ def test_invariants_hold_and_everybody_is_served_whatever_happens() -> None:
 
 
 @pytest.mark.parametrize("seeds", [range(first, first + 20) for first in range(0, 60, 20)], ids=str)
-def test_long_walks(seeds: range) -> None:
+@pytest.mark.parametrize("prefetch", [False, True], ids=["asked", "prefetch"])
+def test_long_walks(seeds: range, prefetch: bool) -> None:
     """Hypothesis prefers short stories; these are long. The seed of a failure names its walk."""
     for seed in seeds:
         walk = Walk()
+        walk.state.config = msgspec.structs.replace(CONFIG, prefetch=prefetch)
         try:
             walk.start()
             for part in range(4):

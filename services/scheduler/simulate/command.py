@@ -24,6 +24,7 @@ POLICIES = (
     "gdsf",
     "belady",
     "hotswap-no-shares",
+    "hotswap-prefetch",
     "hotswap-infinite-link",
     "dedicated",
 )

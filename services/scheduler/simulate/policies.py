@@ -23,6 +23,7 @@ _BASELINE = {
 
 ABOUT = {
     "hotswap": "as shipped",
+    "hotswap-prefetch": "as shipped, and models come in before anybody asks (prefetch = true)",
     "hotswap-no-shares": "as shipped, but tenants do not matter",
     "hotswap-infinite-link": "as shipped, swaps cost nothing: the most that can be reached",
     "lru": "who was used longest ago leaves; first come, first served; no preemption",
@@ -48,6 +49,8 @@ def policy(name: str, cost: CostModel) -> Policy:
             return Policy(name, PolicyConfig(), cost, name == "dedicated")
         case "hotswap-no-shares":
             return Policy(name, config_with(fair_shares=False), cost)
+        case "hotswap-prefetch":
+            return Policy(name, config_with(prefetch=True), cost)
         case "hotswap-infinite-link":
             return Policy(name, PolicyConfig(), cost.infinite_link())
         case "lru" | "gdsf" | "belady":

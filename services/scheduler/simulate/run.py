@@ -232,6 +232,7 @@ class Simulation:
             or world.num_suspended
             or world.num_moving
             or world.now < self._depths_until_s
+            or self.state.config.prefetch
         )
 
     def _tick(self, _what: None) -> None:
