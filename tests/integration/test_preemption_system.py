@@ -17,7 +17,8 @@ from tests.integration.system_kit import MIB, System, config_of, write_models
 PROMPTS = {"llama": "Once upon a time", "falcon": "def main():\n"}
 NUM_TOKENS = 400
 BUDGET = 56 * MIB
-QUICK_TURNS = "[scheduler]\nrun_quantum_s = 0.2\n"
+# Tokens come faster than this: whoever runs is soon ahead, and not for long once it is suspended.
+QUICK_TURNS = "[scheduler]\nrun_quantum_s = 0.2\ntoken_target_s = 0.03\n"
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,9 @@ from schemas.events import RequestEnded
 from schemas.state import ReplicaStatus
 from schemas.stream import RequestTiming
 from services.scheduler.inputs import Demand, DeploymentAdded
+from services.scheduler.service import policy_config
+from services.scheduler.state import PolicyConfig
+from services.settings import SchedulerSettings
 from tests.unit.decide_story import EPOCH, GPU, Story, on, running, spec
 
 
@@ -172,3 +175,7 @@ def test_one_that_begins_in_time_does_not() -> None:
     story, commands = crowded(prefill_s=0.2)
     assert commands == []
     assert story.tick(0.2) == []
+
+
+def test_the_policy_that_is_simulated_is_the_one_that_is_shipped() -> None:
+    assert policy_config(SchedulerSettings()) == PolicyConfig()
