@@ -43,11 +43,10 @@ from bench._stats import percentile
 from bench.harness import Bench
 from schemas.events import SwapInCompleted
 from services.gpu_agent.engine.schedule import DEFAULT_CHUNK_TOKENS
-from services.scheduler.service import TICK_S
+from services.scheduler.service import TICK_S, policy_config
 from services.scheduler.simulate.cost import CostModel
 from services.scheduler.simulate.run import Gpus, Options, simulate
 from services.scheduler.simulate.workload import ModelSize, Request, Workload, poisson
-from services.scheduler.state import PolicyConfig
 from services.settings import ModelSettings
 
 MEDIAN_PROMPT, SIGMA_PROMPT = 96, 0.7  # tokens; lognormal
@@ -147,17 +146,8 @@ async def run_live(live: Live, workload: Workload) -> Outcome:
 
 
 def run_simulated(workload: Workload, budget_bytes: int, cost: CostModel, bus_s: float) -> Outcome:
-    config = PolicyConfig(
-        run_quantum_s=SCHEDULER.run_quantum_s,
-        ttft_target_s=SCHEDULER.ttft_target_s,
-        token_target_s=SCHEDULER.token_target_s,
-        starvation_s=SCHEDULER.starvation_s,
-        preemption=SCHEDULER.preemption,
-        replicate=SCHEDULER.replicate,
-        retry_s=SCHEDULER.retry_failed_s,
-    )
     options = Options(tick_s=TICK_S, bus_s=bus_s)
-    result = simulate(workload, Gpus(1, budget_bytes), cost, config, options)
+    result = simulate(workload, Gpus(1, budget_bytes), cost, policy_config(SCHEDULER), options)
     counted = [ttft_s for ttft_s in result.ttft_s[len(workload.models) :] if not math.isnan(ttft_s)]
     return Outcome(
         counted,
@@ -183,7 +173,7 @@ class Effort(NamedTuple):
     again_for_s: float
 
 
-FULL = Effort((1, 2, 3, 4, 5), 13.0, 2, 125.0)
+FULL = Effort((1, 2, 3, 4, 5), 20.0, 2, 180.0)
 QUICK = Effort((1,), 5.0, 1, 0.0)
 
 
