@@ -25,7 +25,8 @@ from services.scheduler.inputs import AgentLost, Demand, DeploymentAdded, Input,
 from services.scheduler.lifecycle import COMPLETED, PENDING_STATES, CommandKind
 from services.scheduler.reconcile import absorb_status, fail, finish, retire_instance
 from services.scheduler.replica import Replica
-from services.scheduler.state import ClusterState, Waiter
+from services.scheduler.state import ClusterState
+from services.scheduler.waiting import Waiter
 
 
 def absorb(state: ClusterState, event: Input, now: float) -> None:

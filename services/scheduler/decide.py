@@ -29,7 +29,8 @@ from services.scheduler.absorb import absorb
 from services.scheduler.housekeeping import command
 from services.scheduler.inputs import Demand, Input, Tick
 from services.scheduler.replica import Agent, Replica
-from services.scheduler.state import ClusterState, Plan
+from services.scheduler.state import ClusterState
+from services.scheduler.waiting import Plan
 
 _ABOUT_REQUESTS = (Demand, RequestStarted, RequestEnded, RequestWithdrawn)
 _MOST_TURNS = 32  # of a long line, at news; more of it each tick

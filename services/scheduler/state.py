@@ -1,4 +1,4 @@
-"""What the scheduler believes about the cluster: waiters, deployments, queries, `validate()`.
+"""What the scheduler believes about the cluster: who waits, deployments, queries, `validate()`.
 
     ClusterState -- agents: gpu -> Agent -- replicas: model -> Replica (Lifecycle inside)
                  |- deployments: model -> ModelSpec
@@ -10,9 +10,8 @@ Requests that wait are of two kinds, waiters and suspended ones: see `services.s
 Only `decide` writes to it. Dicts keep insertion order, which is the order of decisions.
 """
 
-from bisect import insort
-from collections.abc import Callable, Iterator
-from typing import Literal, TypeAlias
+from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 
@@ -25,6 +24,7 @@ from services.scheduler.index import Index
 from services.scheduler.replica import Agent, Replica
 from services.scheduler.shares import Shares
 from services.scheduler.turns import Line
+from services.scheduler.waiting import Holds, Plan, Waiter, WaitingLine
 
 MIB = 2**20
 NUM_GONE_REQUESTS = 4096
@@ -67,121 +67,6 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class InvariantViolation(Exception):
     """`ClusterState.validate` found what must never be; the text lists all of it."""
-
-
-_Place: TypeAlias = tuple[float, float, float, str]  # (put back, due at, at, id)
-
-
-class Waiter(msgspec.Struct, frozen=True):
-    """One request in the work queue that no agent has started.
-
-    ``tenant``: None where nobody told, as after another leader. ``put_back_s``: how much longer it
-    may wait than others, where its tenant had more than its share when it came; else 0.
-    """
-
-    request_id: str
-    model: str
-    klass: RequestClass
-    at: float  # unix seconds, when it entered the queue
-    tenant: str | None = None
-    put_back_s: float = 0.0
-
-
-class WaitingLine:
-    """The waiters of one model, the one due first first; after them those that are put back.
-
-    ``decided_at``: when the first command for the first one's switch was given (unix seconds);
-    before that, whatever was decided for those before it.
-    """
-
-    __slots__ = ("_by_id", "_ordered", "decided_at")
-
-    def __init__(self) -> None:
-        self.decided_at = 0.0
-        self._by_id: dict[str, Waiter] = {}
-        self._ordered: list[_Place] = []
-
-    def __len__(self) -> int:
-        return len(self._ordered)
-
-    def __iter__(self) -> Iterator[Waiter]:
-        return (self._by_id[place[-1]] for place in self._ordered)
-
-    def by_due_time(self) -> list[Waiter]:
-        """All of them as if none were put back."""
-        return [self._by_id[place[-1]] for place in sorted(self._ordered, key=_due)]
-
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._by_id
-
-    @property
-    def earliest(self) -> Waiter:
-        """The first of them."""
-        return self._by_id[self._ordered[0][-1]]
-
-    @property
-    def order(self) -> tuple[float, float, str]:
-        """Where its first waiter comes among those of other models; ties broken for replays."""
-        put_back_s, due_at, at, request_id = self._ordered[0]
-        return (due_at + put_back_s, at, request_id)
-
-    @property
-    def due_at(self) -> float:
-        return self._ordered[0][1]
-
-    def add(self, waiter: Waiter, due_at: float) -> None:
-        """Take a place in line; an id that is already there keeps the place it has."""
-        if waiter.request_id not in self._by_id:
-            self._by_id[waiter.request_id] = waiter
-            insort(self._ordered, (waiter.put_back_s, due_at, waiter.at, waiter.request_id))
-
-    def note_decision(self, now: float) -> None:
-        """A command is given now for the first waiter; only its first one counts."""
-        if self.decided_at < self.earliest.at:
-            self.decided_at = max(now, self.earliest.at)  # the two clocks may differ
-
-    def remove(self, request_id: str) -> Waiter | None:
-        """The one that leaves; None if it was not in line."""
-        waiter = self._by_id.pop(request_id, None)
-        if waiter is not None:
-            at = next(i for i, place in enumerate(self._ordered) if place[-1] == request_id)
-            del self._ordered[at]
-        return waiter
-
-    def is_sorted(self) -> bool:
-        return self._ordered == sorted(self._ordered)
-
-
-class Plan(msgspec.Struct, frozen=True):
-    """Bytes on ``gpu`` are being freed for ``model``: nobody else may take them."""
-
-    model: str
-    gpu: str
-    request_id: str  # the waiter it was made for; empty: suspended requests
-
-
-class Holds:
-    """What models ahead in line keep those behind from taking, until the whole line is looked at
-    again: bytes of a GPU that they claim, and GPUs that are closed for them.
-    """
-
-    def __init__(self) -> None:
-        self.claims: dict[str, int] = {}  # gpu -> bytes
-        self.closed: dict[str, None] = {}  # GPUs
-        self.models: dict[str, None] = {}  # that hold something
-
-    def claim(self, model: str, gpu: str, num_bytes: int) -> None:
-        self.claims[gpu] = self.claims.get(gpu, 0) + num_bytes
-        self.models[model] = None
-
-    def close(self, model: str, gpu: str) -> None:
-        self.closed[gpu] = None
-        self.models[model] = None
-
-    def clear(self) -> None:
-        self.claims.clear()
-        self.closed.clear()
-        self.models.clear()
 
 
 class DeploymentView(msgspec.Struct, frozen=True):
@@ -410,10 +295,6 @@ class ClusterState:
         """Raise `InvariantViolation` unless all that must hold, holds."""
         if wrong := invariants.faults(self):
             raise InvariantViolation("; ".join(wrong))
-
-
-def _due(place: _Place) -> tuple[float, float, str]:
-    return place[1:]
 
 
 def _too_large(facts: ModelFacts, largest_budget_bytes: int) -> str:

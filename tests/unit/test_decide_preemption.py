@@ -6,7 +6,8 @@ from schemas.commands import Load, SwapIn, SwapOut
 from schemas.events import CommandFailed
 from schemas.state import Preemption
 from services.scheduler.inputs import DeploymentAdded, QueueDepths
-from services.scheduler.state import InvariantViolation, Plan
+from services.scheduler.state import InvariantViolation
+from services.scheduler.waiting import Plan
 from tests.unit.decide_story import EPOCH, GPU, Story, on, running, spec
 
 

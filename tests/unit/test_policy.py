@@ -21,9 +21,10 @@ from services.scheduler.policy import (
 )
 from services.scheduler.reconcile import absorb_status
 from services.scheduler.replica import Agent, Replica
-from services.scheduler.state import ClusterState, Plan, PolicyConfig, Waiter
+from services.scheduler.state import ClusterState, PolicyConfig
 from services.scheduler.turns import Turn, line, turns_of
 from services.scheduler.victims import busy_victims, choose_victims
+from services.scheduler.waiting import Plan, Waiter
 
 NOW = 100.0
 
