@@ -37,12 +37,8 @@ import msgspec
 from schemas import names
 from schemas.commands import Command
 from schemas.events import (
-    DecisionMade,
-    DeploymentFailed,
     Event,
     LeaderElected,
-    SchedulerEvent,
-    kind_of,
 )
 from schemas.state import AgentStatus, DeploymentRecord, LeaseRecord, PlacementRecord
 from services.bus import (
@@ -58,12 +54,12 @@ from services.bus import (
 )
 from services.bus.connection import Hook, header_of
 from services.jobs import unless_set, until_first_ends
-from services.scheduler import waits
 from services.scheduler.decide import decide
 from services.scheduler.inputs import AgentLost, Demand, DeploymentAdded, Input, QueueDepths, Tick
 from services.scheduler.leadership import Leadership
 from services.scheduler.spans import SwitchSpans
 from services.scheduler.state import ClusterState, PolicyConfig
+from services.scheduler.telling import Teller
 from services.settings import SchedulerSettings, Settings
 
 log = logging.getLogger(__name__)
@@ -75,8 +71,6 @@ STATUS_PATIENCE_S = 0.25  # for the agents' answers to a new leader
 _RETRY_S = 0.5  # where the server does not answer
 _TURN_S = 0.02  # inputs are decided in one go for so long; then others have their turn
 _NUM_REMEMBERED = 50  # inputs, for the story when `decide` fails
-_WAITS_EACH_S = 1.0  # those who wait are told how long,
-_MOST_WAITS = 64  # so many models at a time: of a long line in turns
 _DECISIONS = names.event_subject("decision_made").partition(names.NO_TOKEN)[0]
 
 
@@ -149,26 +143,19 @@ class Leader:
         self._inputs: deque[Input] = deque()
         self._has_inputs = asyncio.Event()
         self._spans = SwitchSpans()
-        self._models = self._writer(names.BUCKET_MODELS, DeploymentRecord)
-        self._placement = self._writer(names.BUCKET_PLACEMENT, PlacementRecord)
-        self._published: dict[str, DeploymentRecord] = {}
-        self._to_publish: dict[str, None] = {}  # models whose record may have changed
-        self._records_known = False  # what earlier leaders wrote
-        self._created_at = int(time.time())
+        self._teller = Teller(bus, self.state, self._spans, lambda: leadership.is_held)
+        self._placement = Writer(
+            Bucket(bus, names.BUCKET_PLACEMENT, PlacementRecord), lambda: leadership.is_held
+        )
         self._unheard: set[str] = set()  # GPUs whose agents hold a lease and have not spoken yet
         self._heard: set[str] = set()
         self._agents_answered = asyncio.Event()
         self._undo: list[Hook] = []  # of what we listen to
         self._lately: deque[tuple[float, Input]] = deque(maxlen=_NUM_REMEMBERED)
-        self._waits_at = 0.0  # when those who wait were told how long
-        self._next_wait = 0  # number of the first model that is told next
-
-    def _writer(self, bucket: str, kind: type[T]) -> Writer[T]:
-        return Writer(Bucket(self._bus, bucket, kind), lambda: self._leadership.is_held)
 
     @property
     def writers(self) -> tuple[Writer[DeploymentRecord], Writer[PlacementRecord]]:
-        return self._models, self._placement
+        return self._teller.models, self._placement
 
     async def run(self) -> None:
         """Listen, say that we lead, and decide for ever. Raises LeaseLost."""
@@ -179,7 +166,7 @@ class Leader:
         undo(await bus.listen(f"{names.PREFIX}.events.>", self._on_event))
         undo(await bus.listen(names.status_subject(), self._on_status))
         leadership = self._leadership
-        await self._announce(LeaderElected(leadership.holder, leadership.epoch, time.time()))
+        await self._teller.announce(LeaderElected(leadership.holder, leadership.epoch, time.time()))
         while True:
             await self._has_inputs.wait()
             self._has_inputs.clear()
@@ -197,12 +184,10 @@ class Leader:
             for command in self._decide(event, now):
                 await self._execute(command, now)
             if self.state.decisions:
-                await self._tell_decisions()
+                await self._teller.tell_decisions()
             observe(event, now)
-        await self._publish_deployments(now)
-        is_waited = self.state.waiting or self.state.line
-        if is_waited and now - self._waits_at >= _WAITS_EACH_S:
-            await self._tell_waits(now)
+        await self._teller.tell_records(now)
+        await self._teller.tell_waits(now)
 
     async def close(self) -> None:
         """Listen no more: the next leader in this process has a state of its own."""
@@ -239,9 +224,8 @@ class Leader:
         self._unheard -= self._heard
         if not self._unheard:
             self._agents_answered.set()
-        await _patiently(self._forget_removed_models)
-        self._records_known = True
-        await self._publish_deployments(time.time())
+        await _patiently(lambda: self._teller.learn_records(self._settings.models))
+        await self._teller.tell_records(time.time())
         await asyncio.Event().wait()  # until we are cancelled
 
     async def reconcile(self) -> None:
@@ -332,55 +316,6 @@ class Leader:
             epoch=command.epoch,
         )
         self._placement.put(names.replica_key(command.gpu, command.model), record)
-
-    async def _tell_decisions(self) -> None:
-        for decision in self.state.decisions.take():
-            self._spans.explain(decision)
-            await self._announce(decision)
-
-    async def _tell_waits(self, now: float) -> None:
-        """How long models will be waited for, to whoever listens."""
-        self._waits_at = now
-        told = waits.predictions(self.state, now, self._next_wait, _MOST_WAITS)
-        self._next_wait += _MOST_WAITS
-        for wait in told:
-            try:
-                await self._bus.publish(names.wait_subject(wait.model), wait)
-            except BusError as error:
-                log.warning("lost the predicted wait for %s: %s", wait.model, error)
-
-    async def _publish_deployments(self, now: float) -> None:
-        """Write the deployments whose record has changed, and tell of those that failed."""
-        self._to_publish.update(dict.fromkeys(self.state.take_touched()))
-        if not self._records_known:
-            return
-        changed, self._to_publish = self._to_publish, {}
-        for name in changed:
-            view = self.state.deployment_view(name)
-            spec = self.state.deployments[name]
-            record = DeploymentRecord(spec, view.status, view.reason, view.facts, self._created_at)
-            if self._published.get(name) != record:
-                self._published[name] = record
-                self._models.put(names.escape(name), record)
-                if record.status == "failed":
-                    await self._announce(DeploymentFailed(name, now, record.reason))
-
-    async def _announce(self, event: SchedulerEvent) -> None:
-        gpu = event.gpu if isinstance(event, DecisionMade) else ""
-        model = "" if isinstance(event, LeaderElected) else event.model
-        try:
-            await self._bus.publish(names.event_subject(kind_of(event), gpu, model), event)
-        except BusError as error:
-            log.error("lost the event %s: %s", event, error)
-
-    async def _forget_removed_models(self) -> None:
-        """Records of models that the configuration no longer names."""
-        bucket = Bucket(self._bus, names.BUCKET_MODELS, DeploymentRecord)
-        for key, record in (await bucket.items()).items():
-            if record.spec.name not in self._settings.models:
-                await bucket.delete(key)
-            else:
-                self._created_at = min(self._created_at, record.created_at or self._created_at)
 
 
 _TENANT = names.HEADER_TENANT.encode()

@@ -244,6 +244,7 @@ async def test_agents_that_were_not_there_learn_who_leads(nats_server: NatsServe
         control = AgentControl(buses["agent"], GpuSettings(name=GPU, device="cpu"), "i1")
         agent = Agent(control, buses, watcher)
         await control.open()
+        await buses["agent"].flush()  # it listens by now
         agent.epoch = 8
         generation = await agent.register("m")
         rejected = await agent.events.until(CommandRejected, generation=generation)
@@ -254,6 +255,7 @@ async def test_agents_that_were_not_there_learn_who_leads(nats_server: NatsServe
         buses["agent"].on_reconnect(lambda: learnt.add("the last hook"))
         await asyncio.to_thread(nats_server.restart)
         await learnt.until(str)
+        await buses["agent"].flush()
         agent.epoch = 11
         generation = await agent.register("m")
         rejected = await agent.events.until(CommandRejected, generation=generation)
