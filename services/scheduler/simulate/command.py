@@ -57,7 +57,7 @@ def _cluster(command: F) -> F:
         click.option("--fixed", "fixed_s", type=float, help="Seconds of a swap besides its bytes."),
         click.option("--link", "link_gb", type=float, help="GB/s from host to GPU."),
         click.option("--cost", default="h100", show_default=True,
-                     help="Cost model: h100, or a JSON file of bench.swap."),
+                     help="Cost model: h100, h100-kv, or a JSON file of bench.swap."),
         click.option("--policy", "policies", multiple=True, type=click.Choice(POLICIES),
                      help="Policy; give it again for several side by side. Default: hotswap, lru."),
         click.option("--gpu-memory", default="74GB", show_default=True, help="Of one GPU."),
