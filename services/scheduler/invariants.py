@@ -88,7 +88,7 @@ def _index_faults(state: "ClusterState") -> list[str]:
             wrong.append(f"{agent.gpu}: filed as usable: {agent.gpu in index.usable}")
     wrong += [
         f"{name} has {sorted(getattr(index, name))}"
-        for name in ("pending", "arriving", "troubled", "unregistered")
+        for name in ("pending", "arriving", "large", "troubled", "unregistered")
         if sorted(getattr(index, name)) != sorted(getattr(fresh, name))
     ]
     for model, places in fresh.places.items():
