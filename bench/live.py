@@ -154,6 +154,7 @@ def run_simulated(workload: Workload, budget_bytes: int, cost: CostModel, bus_s:
         starvation_s=SCHEDULER.starvation_s,
         preemption=SCHEDULER.preemption,
         replicate=SCHEDULER.replicate,
+        migrate=SCHEDULER.migrate,
         retry_s=SCHEDULER.retry_failed_s,
     )
     options = Options(tick_s=TICK_S, bus_s=bus_s)

@@ -139,6 +139,7 @@ class SchedulerSettings(_Section, frozen=True):
     token_target_s: float = 0.1  # time per output token aimed at, where a model names none
     preemption: Literal["slack", "off"] = "slack"  # busy models with slack give way; off: none does
     replicate: bool = True  # a model that is too busy for one GPU may be on several
+    migrate: bool = False  # a model of a GPU where too much runs moves to another one
     starvation_s: float = 10.0  # a model that waited this long goes first, whatever else
     fair_shares: bool = True  # who used more of the GPUs than others waits behind them
 

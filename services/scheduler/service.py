@@ -135,6 +135,7 @@ class Leader:
             starvation_s=knobs.starvation_s,
             preemption=knobs.preemption,
             replicate=knobs.replicate,
+            migrate=knobs.migrate,
             fair_shares=knobs.fair_shares,
             retry_s=knobs.retry_failed_s,
         )

@@ -54,6 +54,7 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     preemption: Literal["slack", "off"] = "slack"
     replicate: bool = True  # another replica of a model that is served, but too slowly,
     crowd: int = 8  # where each has so many requests
+    migrate: bool = False  # a model of a GPU where too much runs moves to another one
     fair_shares: bool = True  # who used more than others waits behind them,
     put_back_s: float = 10.0  # but for so much longer at most than `starvation_s`
     retry_s: float = 10.0  # first retry of a failed replica; doubles with each failure
@@ -159,6 +160,15 @@ class Plan(msgspec.Struct, frozen=True):
     request_id: str  # the waiter it was made for; empty: suspended requests
 
 
+class Move(msgspec.Struct, frozen=True):
+    """``model`` goes from ``source`` to ``gpu``, two GPUs, since ``at`` (unix seconds)."""
+
+    model: str
+    source: str
+    gpu: str
+    at: float
+
+
 class Holds:
     """What models ahead in line keep those behind from taking, until the whole line is looked at
     again: bytes of a GPU that they claim, and GPUs that are closed for them.
@@ -201,6 +211,8 @@ class ClusterState:
         self.deployments: dict[str, ModelSpec] = {}
         self.waiting: dict[str, WaitingLine] = {}
         self.plans: dict[str, Plan] = {}  # changed by `add_plan` and `drop_plan`
+        self.moves: dict[str, Move] = {}  # by model; changed by `add_move` and `drop_move`
+        self.moved_at: dict[str, float] = {}  # models -> when they last began to move
         self.index = Index()
         self.line = Line()
         self.holds = Holds()
@@ -404,6 +416,17 @@ class ClusterState:
         plan = self.plans.pop(model)
         self.agents[plan.gpu].planned.pop(model, None)
         self.index.changed.agents[plan.gpu] = None
+
+    # -- moves -----------------------------------------------------------------------------
+
+    def add_move(self, move: Move) -> None:
+        self.moves[move.model] = move
+        self.moved_at[move.model] = move.at
+        self.index.changed.turns[move.model] = None
+
+    def drop_move(self, model: str) -> None:
+        del self.moves[model]
+        self.index.changed.turns[model] = None
 
     def validate(self) -> None:
         """Raise `InvariantViolation` unless all that must hold, holds."""
