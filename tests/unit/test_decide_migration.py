@@ -73,7 +73,7 @@ def test_nor_to_a_gpu_that_is_hardly_cooler() -> None:
 
 def test_nobody_moves_to_and_fro() -> None:
     """gpu1 is hot, too, as soon as c runs there, and gpu0 empty; but a has just come."""
-    story = hot(on("a", "host", 40), on("b", "host", 50), on("c", "resident", 20))
+    story = hot(on("a", "host", 40), on("b", "host", 50), on("c", "resident", 60))
     assert story.tick(1.1) == [SwapIn(COOL, "a", EPOCH, 2)]
     arrived(story, "a", 2)
     story.ended("r0", "a")
