@@ -15,7 +15,7 @@ import msgspec
 # make_room  victims leave so that their host images may be dropped for this one's
 # call_off   what was begun for it is given up
 # cut_drain  a victim that was to end its requests is preempted after all
-# swap_out   nobody wanted it for the time that its settings name
+# swap_out   nobody wanted it for the time that its settings name, or it moved to another GPU
 DecisionAction: TypeAlias = Literal[
     "swap_in",
     "wait",

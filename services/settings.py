@@ -140,6 +140,7 @@ class SchedulerSettings(_Section, frozen=True):
     preemption: Literal["slack", "off"] = "slack"  # busy models with slack give way; off: none does
     replicate: bool = True  # a model that is too busy for one GPU may be on several
     prefetch: bool = False  # bring in what may be wanted next, into memory that nobody uses
+    migrate: bool = False  # a model of a GPU where too much runs moves to another one
     starvation_s: float = 3.0  # a model that waited this long goes first, whatever else
     fair_shares: bool = True  # who used more of the GPUs than others waits behind them
 

@@ -13,7 +13,7 @@ Every call takes three steps:
    and repeat what got no answer.
 3. *Serve*: call off what nobody waits for, then the models in line in turn
    (`services.scheduler.turns` orders them, `services.scheduler.policy` chooses), then preload and
-   prefetch.
+   prefetch. Before that, models that move off a hot GPU go on (`services.scheduler.migration`).
 
 News about a request is most of it, and most of that changes nothing: the model is there. So what
 is looked at is what changed (`services.scheduler.index`): the models whose waiters or replicas
@@ -24,7 +24,7 @@ A command moves the belief as it is written, so that no later choice counts its 
 
 from schemas.commands import Command
 from schemas.events import RequestEnded, RequestStarted, RequestWithdrawn
-from services.scheduler import eviction, housekeeping, policy, reasons, turns, victims
+from services.scheduler import eviction, housekeeping, migration, policy, reasons, turns, victims
 from services.scheduler.absorb import absorb
 from services.scheduler.housekeeping import command
 from services.scheduler.inputs import Demand, Input, Tick
@@ -46,6 +46,9 @@ def decide(state: ClusterState, event: Input, now: float) -> list[Command]:
     commands = housekeeping.keep_house(state, event, now)
     commands += _call_off(state, list(state.index.arriving.values()), now)
     is_tick = isinstance(event, Tick)
+    commands += migration.go_on(state, now)
+    if is_tick:
+        migration.begin(state, now)
     commands += _serve(state, now, _MOST_TURNS_AT_TICK if is_tick else _MOST_TURNS)
     commands += _cut_drains_short(state, now)
     commands += housekeeping.preload(state, now)

@@ -9,6 +9,7 @@ compares all of it with what a look at everything gives.
 
     Index -- places: model -> Places         where its replicas are, by GPU
           |- pending, arriving, troubled, unregistered   replicas that need looking after
+          |- large                           those on the device that need more than half of it
           |- rooms                           usable GPUs by room for a newcomer, most room first
           '- changed                         what to look at again: turns, agents, views
 """
@@ -73,6 +74,7 @@ class Index:
         self.arriving: dict[str, Replica] = {}
         self.troubled: dict[str, Replica] = {}  # failed, or with a failure that is remembered
         self.unregistered: dict[str, Replica] = {}  # cold, and nobody knows what they need
+        self.large: dict[str, Replica] = {}
         self.usable: dict[str, Agent] = {}
         self.rooms: SortedList[tuple[int, str]] = SortedList()  # (-room_bytes, gpu)
         self.changed = Changes()
@@ -101,6 +103,7 @@ class Index:
         keep(places.cached, gpu, replica, replica.cached_bytes > 0 and state == "host")
         keep(self.pending, key, replica, replica.pending is not None)
         keep(self.arriving, key, replica, state == "swapping_in")
+        self._file_large(replica)
         keep(self.troubled, key, replica, replica.failure is not None or state == "failed")
         keep(self.unregistered, key, replica, state == "cold" and replica.facts is None)
         changed = self.changed
@@ -130,10 +133,16 @@ class Index:
         keep(self.usable, agent.gpu, agent, agent.is_usable)
         changed.agents[agent.gpu] = None
         changed.preloads[agent.gpu] = None
+        for replica in agent.device.values():
+            self._file_large(replica)
         for models in (agent.device, agent.suspended, agent.replicas):
             for model in models:
                 changed.turns[model] = None
                 changed.views[model] = None
+
+    def _file_large(self, replica: "Replica") -> None:
+        belongs = replica.state in _DEVICE and replica.agent.is_usable and replica.is_large
+        keep(self.large, replica.life.name, replica, belongs)
 
     # -- rooms -------------------------------------------------------------------------------
 

@@ -57,6 +57,11 @@ def _plan_faults(state: "ClusterState") -> list[str]:
         pinned = [r.gpu for r in state.suspended_replicas() if r.model == model]
         if pinned and plan.gpu not in pinned:
             wrong.append(f"{plan}, but {model!r} has suspended requests on {pinned}")
+    wrong += [
+        f"move of {model!r} is {move}"
+        for model, move in state.moves.items()
+        if move.model != model or move.source == move.gpu or move.gpu not in state.agents
+    ]
     for agent in state.agents.values():
         planned = [model for model, plan in state.plans.items() if plan.gpu == agent.gpu]
         if list(agent.planned) != planned:
@@ -88,7 +93,7 @@ def _index_faults(state: "ClusterState") -> list[str]:
             wrong.append(f"{agent.gpu}: filed as usable: {agent.gpu in index.usable}")
     wrong += [
         f"{name} has {sorted(getattr(index, name))}"
-        for name in ("pending", "arriving", "troubled", "unregistered")
+        for name in ("pending", "arriving", "large", "troubled", "unregistered")
         if sorted(getattr(index, name)) != sorted(getattr(fresh, name))
     ]
     for model, places in fresh.places.items():

@@ -25,6 +25,7 @@ from services.scheduler.victims import (
     choose_victims,
     idle_victims,
     image_bytes,
+    is_kept,
     num_made_late,
     slack_victims,
 )
@@ -233,7 +234,7 @@ def weigh(
         claimed = agent.budget_bytes if is_closed else claims.get(agent.gpu, 0)
         claimed += agent.planned_bytes
         deficit = replica.footprint_bytes + claimed - free - agent.leaving_bytes
-        idle = idle_victims(state, agent, now)
+        idle = _leaving_for(state, replica, turn, idle_victims(state, agent, now), now)
         rivals_there = rivals(state, replica)
         victims = _choose(idle, rivals_there, deficit)
         action: Action
@@ -250,6 +251,7 @@ def weigh(
                 continue
             else:
                 busy = _preemptible(state, agent, replica, turn, now)
+                busy = _leaving_for(state, replica, turn, busy, now)
                 victims = _choose([*idle, *busy], rivals_there, deficit) if busy else None
                 if victims is not None and _is_worth_it(state, agent, replica, turn, victims, now):
                     rank, action = 5, "evict"
@@ -318,6 +320,18 @@ def _preemptible(
     return [*yielding, *(r for r in able if r not in yielding)] if yielding else able
 
 
+def _leaving_for(
+    state: ClusterState, newcomer: Replica, turn: Turn, able: list[Replica], now: float
+) -> list[Replica]:
+    """Of those that are ``able`` to leave the ones that do so for ``newcomer``: a GPU that is kept
+    for large models is open to smaller ones only when these have waited for very long.
+    """
+    kept = [r for r in able if is_kept(state, newcomer, r, now)]
+    if not kept or (not turn.is_extra and _is_starving(state, newcomer, turn, now)):
+        return able
+    return [r for r in able if r not in kept]
+
+
 def _is_starving(state: ClusterState, newcomer: Replica, turn: Turn, now: float) -> bool:
     return now - turn.waits_since > max(state.config.starvation_s, _PATIENCE * newcomer.swap_in_s)
 
@@ -377,6 +391,8 @@ def _cost_s(
         if room >= largest > room - newcomer.footprint_bytes:
             cost_s += agent.link.swap_in_s(largest)
     for victim in victims:
+        if newcomer.is_large and victim.is_large:
+            continue  # large models share a GPU rather than take another one from small ones
         idle_s = max(now - victim.last_used, 0.0) if state.is_idle(victim) else 0.0
         cost_s += victim.swap_in_s * _RETURN_S / (_RETURN_S + idle_s)
     return cost_s

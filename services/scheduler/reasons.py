@@ -121,6 +121,12 @@ def note_gave_way(state: ClusterState, replica: Replica, model: str, now: float)
     _note(state, _nobody(replica.model), replica.gpu, "call_off", words, now)
 
 
+def note_moved(state: ClusterState, source: Replica, gpu: str, now: float) -> None:
+    """``source`` drains: its model serves on ``gpu`` now."""
+    words = f"it moved to {gpu}: here it takes no more requests, and leaves when these have ended"
+    _note(state, _nobody(source.model), source.gpu, "swap_out", words, now)
+
+
 def note_preload(state: ClusterState, replica: Replica, now: float) -> None:
     """Its host image is filled before anybody asks."""
     words = f"nobody asked: its image fits into the host memory of {replica.gpu} (preload)"
@@ -217,6 +223,8 @@ def _why(state: ClusterState, turn: Turn, best: policy.Option, num_options: int,
 def _why_unasked(state: ClusterState, model: str) -> str:
     if state.is_pinned(model):
         return "it is pinned"
+    if move := state.moves.get(model):
+        return f"it moves off {move.source}, where too much runs to meet its targets"
     first_s, crowd = state.tempo(model).first_s, state.config.crowd
     return f"each of its replicas runs {crowd} requests or more, first tokens take {first_s:.2f} s"
 

@@ -136,6 +136,11 @@ class Replica:
         self.agent.refile(self)
         self.agent.index.refile(self)
 
+    @property
+    def is_large(self) -> bool:
+        """It needs more than half of the GPU: no two of the kind fit."""
+        return 2 * self.footprint_bytes > self.agent.budget_bytes
+
     # -- what the index must know of --------------------------------------------------------
 
     @property

@@ -127,6 +127,7 @@ def policy_config(knobs: SchedulerSettings) -> PolicyConfig:
         preemption=knobs.preemption,
         replicate=knobs.replicate,
         prefetch=knobs.prefetch,
+        migrate=knobs.migrate,
         fair_shares=knobs.fair_shares,
         retry_s=knobs.retry_failed_s,
     )

@@ -24,7 +24,7 @@ from services.scheduler.index import Index
 from services.scheduler.replica import Agent, Replica
 from services.scheduler.shares import Shares
 from services.scheduler.turns import Line
-from services.scheduler.waiting import Holds, Plan, Waiter, WaitingLine
+from services.scheduler.waiting import Holds, Move, Plan, Waiter, WaitingLine
 
 MIB = 2**20
 NUM_GONE_REQUESTS = 4096
@@ -55,6 +55,7 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     replicate: bool = True  # another replica of a model that is served, but too slowly,
     crowd: int = 8  # where each has so many requests
     prefetch: bool = False  # what may be wanted next comes in unasked, if it hurts nobody
+    migrate: bool = False  # a model of a GPU where too much runs moves to another one
     fair_shares: bool = True  # who used more than others waits behind them,
     put_back_s: float = 10.0  # but for so much longer at most than `starvation_s`
     retry_s: float = 10.0  # first retry of a failed replica; doubles with each failure
@@ -87,6 +88,8 @@ class ClusterState:
         self.deployments: dict[str, ModelSpec] = {}
         self.waiting: dict[str, WaitingLine] = {}
         self.plans: dict[str, Plan] = {}  # changed by `add_plan` and `drop_plan`
+        self.moves: dict[str, Move] = {}  # by model; changed by `add_move` and `drop_move`
+        self.moved_at: dict[str, float] = {}  # models -> when they last began to move
         self.index = Index()
         self.line = Line()
         self.holds = Holds()
@@ -290,6 +293,17 @@ class ClusterState:
         plan = self.plans.pop(model)
         self.agents[plan.gpu].planned.pop(model, None)
         self.index.changed.agents[plan.gpu] = None
+
+    # -- moves -----------------------------------------------------------------------------
+
+    def add_move(self, move: Move) -> None:
+        self.moves[move.model] = move
+        self.moved_at[move.model] = move.at
+        self.index.changed.turns[move.model] = None
+
+    def drop_move(self, model: str) -> None:
+        del self.moves[model]
+        self.index.changed.turns[model] = None
 
     def validate(self) -> None:
         """Raise `InvariantViolation` unless all that must hold, holds."""

@@ -36,6 +36,7 @@ from services.scheduler.replica import Replica
 
 if TYPE_CHECKING:
     from services.scheduler.state import ClusterState
+    from services.scheduler.waiting import Move
 
 _Key: TypeAlias = tuple[float, float, str, str, str]
 _Level: TypeAlias = tuple[int, bool]  # -priority, is put back
@@ -54,7 +55,8 @@ class Turn(msgspec.Struct, frozen=True):
     request_id: str
     due_at: float = 0.0
     priority: int = 0
-    # Nobody waits: another replica of a model that is served, but too slowly, or a pinned one.
+    # Nobody waits: a pinned model, another replica of one that is served, but too slowly, or one
+    # that moves to ``gpu``.
     is_extra: bool = False
     # All who wait are of tenants beyond their share: how much longer than others they may.
     put_back_s: float = 0.0
@@ -184,6 +186,8 @@ def turns_of(state: "ClusterState", model: str) -> list[Turn]:
     suspended = [r for r in places.suspended.values() if r.agent.is_usable]
     serving = any(_serving(state, model))
     if serving and not suspended:
+        if move := state.moves.get(model):
+            return [_moving(state, move)]
         return [_extra(state, model)] if _is_too_slow(state, model) else []
     priority = state.priority(model)
     if waiters is None and not suspended:
@@ -228,6 +232,12 @@ def _extra(state: "ClusterState", model: str) -> Turn:
     return Turn(model, "", since, "", since, state.priority(model), is_extra=True)
 
 
+def _moving(state: "ClusterState", move: "Move") -> Turn:
+    """Last of all in its priority, and where it goes is settled."""
+    priority = state.priority(move.model)
+    return Turn(move.model, move.gpu, move.at, "", math.inf, priority, is_extra=True)
+
+
 def turn_at(state: "ClusterState", model: str, gpu: str) -> Turn | None:
     """The turn that ``model`` can take on ``gpu``, if it has one."""
     return next((turn for turn in turns_of(state, model) if turn.gpu in ("", gpu)), None)
@@ -235,9 +245,10 @@ def turn_at(state: "ClusterState", model: str, gpu: str) -> Turn | None:
 
 def note_decision(state: "ClusterState", turn: Turn, now: float) -> None:
     """A command is given now for ``turn``; only its first one counts."""
+    if turn.is_extra:
+        return
     if not turn.gpu:
-        if not turn.is_extra:
-            state.waiting[turn.model].note_decision(now)
+        state.waiting[turn.model].note_decision(now)
         return
     replica = state.agents[turn.gpu].replicas[turn.model]
     if replica.decided_at < turn.since:

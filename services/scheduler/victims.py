@@ -8,7 +8,8 @@
             has waited so long that it must come in
 
 A deployment that must not be interrupted is drained instead: it leaves when its requests ended. A
-pinned one does not leave at all.
+pinned one does not leave at all, and a *large* model, one that needs more than half of its GPU, not
+always for smaller ones (`is_kept`).
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -16,6 +17,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from services.scheduler import eviction
 from services.scheduler.replica import Agent, Replica
 from services.scheduler.state import ClusterState
+
+_GPUS_PER_LARGE = 8  # one GPU of so many is kept for large models,
+_KEPT_S = 20.0  # until nobody has asked for the one that is there for so long
 
 
 def gives_way(state: ClusterState, replica: Replica) -> bool:
@@ -43,6 +47,22 @@ def idle_victims(state: ClusterState, agent: Agent, now: float) -> list[Replica]
     """Idle residents, the first to leave first (`services.scheduler.eviction`)."""
     idle = [r for r in agent.device.values() if state.is_idle(r) and _can_leave(state, r, now)]
     return eviction.in_order(state, idle, now) if len(idle) > 1 else idle
+
+
+def is_kept(state: ClusterState, newcomer: Replica, victim: Replica, now: float) -> bool:
+    """Whether ``victim`` is a large model that does not leave for ``newcomer``, a smaller one.
+
+    Small models break a room for a large one wherever they go, and the next large request waits
+    until a whole GPU can be cleared without harm. So one GPU in eight stays with large models,
+    which take turns there, while they are asked for. Pinned newcomers are not held up.
+    """
+    return (
+        victim.is_large
+        and not newcomer.is_large
+        and len(state.index.large) <= len(state.index.usable) // _GPUS_PER_LARGE
+        and (victim.in_flight > 0 or now - victim.last_used < _KEPT_S)
+        and not state.is_pinned(newcomer.model)
+    )
 
 
 def quantum_s(state: ClusterState, replica: Replica) -> float:

@@ -102,6 +102,15 @@ class Plan(msgspec.Struct, frozen=True):
     request_id: str  # the waiter it was made for; empty: suspended requests
 
 
+class Move(msgspec.Struct, frozen=True):
+    """``model`` goes from ``source`` to ``gpu``, two GPUs, since ``at`` (unix seconds)."""
+
+    model: str
+    source: str
+    gpu: str
+    at: float
+
+
 class Holds:
     """What models ahead in line keep those behind from taking, until the whole line is looked at
     again: bytes of a GPU that they claim, and GPUs that are closed for them.

@@ -11,7 +11,8 @@ Nothing is decided by it: people and clients are told. For one GPU::
 - *load*: as the loads of that GPU went so far.
 - *room*: idle models leave at once, drained ones within a run quantum, busy ones when they had
   theirs and the slack of their requests covers two swaps and a run quantum, or when who waits is
-  starving. Those that may not be interrupted leave at a time that nobody knows.
+  starving. A large model that is kept leaves for a smaller one no sooner than that. Those that
+  may not be interrupted leave at a time that nobody knows.
 - *ahead*: each one before it in line takes the link for as long as it does itself and, where there
   is no room, stays for a run quantum. The GPUs that may take the model share them.
 
@@ -29,7 +30,7 @@ from services.scheduler.lifecycle import LEAVING_STATES
 from services.scheduler.replica import Replica
 from services.scheduler.state import ClusterState
 from services.scheduler.turns import Turn
-from services.scheduler.victims import arrival_s, may_preempt, quantum_s
+from services.scheduler.victims import arrival_s, is_kept, may_preempt, quantum_s
 
 MOST_PLACES = 256  # of a long line: whoever comes later counts as the next one
 
@@ -196,15 +197,17 @@ def _leaves_in_s(
         return drain_s if may_be_interrupted else None
     if state.is_pinned(replica.model):
         return None
+    starving_s = since + state.config.starvation_s - now
+    kept = is_kept(state, newcomer, replica, now)
     if state.is_idle(replica):
-        return 0.0
+        return max(0.0, starving_s) if kept else 0.0
     if not may_be_interrupted:
         return None
     if replica.state == "swapping_in":
         return _arrives_in_s(replica, now) + quantum_s(state, replica)
     turn_s = replica.resident_since + quantum_s(state, replica) - now
-    starving_s = since + state.config.starvation_s - now
-    return max(0.0, turn_s, min(_slack_in_s(state, replica, newcomer, now), starving_s))
+    slack_in_s = math.inf if kept else _slack_in_s(state, replica, newcomer, now)
+    return max(0.0, turn_s, min(slack_in_s, starving_s))
 
 
 def _slack_in_s(state: ClusterState, replica: Replica, newcomer: Replica, now: float) -> float:

@@ -19,6 +19,7 @@ from services.scheduler.state import ClusterState, PolicyConfig
 from tests.unit.decide_agents import FakeAgent
 
 CONFIG = PolicyConfig(
+    migrate=True,
     retry_s=1.0,
     retry_max_s=4.0,
     command_timeout_s=5.0,

@@ -7,11 +7,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from schemas.commands import SwapOut
 from schemas.state import PredictedWait, ReplicaStatus, SwapTrace
 from services.scheduler import waits
 from services.scheduler.inputs import DeploymentAdded
 from services.scheduler.state import MIB
-from tests.unit.decide_story import GPU, Story, on, running, spec
+from tests.unit.decide_story import EPOCH, GPU, Story, on, running, spec
 
 
 def measured(*replicas: ReplicaStatus, gpus: tuple[str, ...] = (GPU,)) -> Story:
@@ -89,6 +90,17 @@ def test_busy_models_leave_when_their_requests_can_spare_the_time_or_who_waits_s
     assert expected(story, "b") == 2.1 + 0.6
     story.state.tempo("a").token_s = 1.0  # it never will
     assert expected(story, "b") == 3.0 + 0.6
+
+
+@pytest.mark.parametrize("idle_s", [19.0, 21.0])
+def test_a_large_model_that_is_kept_leaves_for_a_smaller_one_that_starves(idle_s: float) -> None:
+    story = measured(on("a", "resident", 80), on("b", "host", 40))
+    for number in range(1, 8):
+        story.status(gpu=f"gpu{number}")
+    story.replica("a").last_used = story.now - idle_s
+    is_kept = idle_s < 20.0
+    assert story.demand("r1", "b") == ([] if is_kept else [SwapOut(GPU, "a", EPOCH, 2, "r1")])
+    assert expected(story, "b") == (3.0 if is_kept else 0.0) + 0.4
 
 
 def test_pinned_and_uninterrupted_ones_leave_when_nobody_knows() -> None:
