@@ -38,6 +38,9 @@ _PRESSURE_S = 0.5  # what a GPU whose memory is all in use costs a newcomer, in 
 _ROW_S = 0.001  # and each request that runs there
 _HURRY = 1.5  # who is due within so many times what its swap-in takes is in a hurry
 _HURRY_BACK = 3.0  # the same of suspended requests; until then they leave the link to others
+_CHEAP = (
+    20.0  # swap-ins in a run quantum: where so many fit, coming back soon costs next to nothing
+)
 _PATIENCE = 20.0  # swap-ins: where they are slow, who waits longest must wait longer
 _RETURN_S = 10.0  # a model that was idle for less is as likely as not wanted again soon
 
@@ -302,12 +305,12 @@ def _preemptible(
     waited_s = now - turn.since
     if config.preemption == "off":
         return []
-    if turn.request_id:
-        may_wait = waited_s < config.preempt_after_s
-        hurry_s = _HURRY * newcomer.swap_in_s
+    swap_s = newcomer.swap_in_s
+    if turn.request_id or _CHEAP * swap_s <= config.run_quantum_s:
+        has_time, hurry_s = waited_s < config.preempt_after_s, _HURRY * swap_s
     else:  # who is suspended has time until it is due: coming back sooner only moves bytes
-        may_wait, hurry_s = True, _HURRY_BACK * newcomer.swap_in_s
-    if may_wait and now + hurry_s < turn.due_at:
+        has_time, hurry_s = True, _HURRY_BACK * swap_s
+    if has_time and now + hurry_s < turn.due_at:
         return []
     if _is_starving(state, newcomer, turn, now):
         return busy_victims(state, agent, now)
