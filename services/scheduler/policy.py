@@ -335,8 +335,13 @@ def _leaving_for(
     return [r for r in able if r not in kept]
 
 
+def patience_s(state: ClusterState, newcomer: Replica) -> float:
+    """Who has waited for longer may preempt without asking for slack (seconds)."""
+    return max(state.config.starvation_s, _PATIENCE * newcomer.swap_in_s)
+
+
 def _is_starving(state: ClusterState, newcomer: Replica, turn: Turn, now: float) -> bool:
-    return now - turn.waits_since > max(state.config.starvation_s, _PATIENCE * newcomer.swap_in_s)
+    return now - turn.waits_since > patience_s(state, newcomer)
 
 
 def _is_worth_it(

@@ -258,6 +258,8 @@ def _why_busy(state: ClusterState, turn: Turn, best: policy.Option, now: float) 
     busy = [victim for victim in victims if not state.is_idle(victim)]
     tightest = min(busy or victims, key=lambda victim: state.slack_s(victim, now))
     slack_s = state.slack_s(tightest, now)
+    if slack_s < state.config.run_quantum_s and state.yields(tightest):
+        return f"{tightest.model} serves only who has had more than a fair share lately"
     if slack_s < state.config.run_quantum_s:
         return f"it waits for {now - turn.since:.1f} s, too long to ask for slack"
     return (

@@ -197,7 +197,7 @@ def _leaves_in_s(
         return drain_s if may_be_interrupted else None
     if state.is_pinned(replica.model):
         return None
-    starving_s = since + state.config.starvation_s - now
+    starving_s = since + policy.patience_s(state, newcomer) - now
     kept = is_kept(state, newcomer, replica, now)
     if state.is_idle(replica):
         return max(0.0, starving_s) if kept else 0.0

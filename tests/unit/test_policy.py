@@ -418,6 +418,21 @@ def test_suspended_requests_leave_others_alone_until_they_are_nearly_due() -> No
     assert scene.place("a") == Placement("gpu0", "evict", ("c",))
 
 
+def test_where_swaps_cost_next_to_nothing_suspended_requests_need_not_wait_until_they_are_due() -> (
+    None
+):
+    """Twenty swap-ins in a run quantum: answers pause no longer than anybody waits."""
+    scene = Scene()
+    agent = scene.gpu("gpu0", 10, a=("host", 8, 2), c=("resident", 8, 1))
+    agent.link.note(SwapTrace(0.0, total_s=0.05))
+    a = agent.replicas["a"]
+    a.slack_at, a.slack_s = NOW - 0.1, 9.0
+    a.host_since = NOW - 0.1
+    assert scene.place("a") is None
+    a.host_since = NOW - 0.3
+    assert scene.place("a") == Placement("gpu0", "evict", ("c",))
+
+
 def test_who_is_served_elsewhere_does_not_hasten_suspended_requests() -> None:
     scene = Scene()
     scene.gpu("gpu0", 10, a=("host", 8, 2))

@@ -89,7 +89,7 @@ def test_busy_models_leave_when_their_requests_can_spare_the_time_or_who_waits_s
     story.replica("a").slack_s = -2.0
     assert expected(story, "b") == 2.1 + 0.6
     story.state.tempo("a").token_s = 1.0  # it never will
-    assert expected(story, "b") == 3.0 + 0.6
+    assert expected(story, "b") == 20 * 0.6 + 0.6  # until it need not ask
 
 
 @pytest.mark.parametrize("idle_s", [19.0, 21.0])
@@ -100,7 +100,7 @@ def test_a_large_model_that_is_kept_leaves_for_a_smaller_one_that_starves(idle_s
     story.replica("a").last_used = story.now - idle_s
     is_kept = idle_s < 20.0
     assert story.demand("r1", "b") == ([] if is_kept else [SwapOut(GPU, "a", EPOCH, 2, "r1")])
-    assert expected(story, "b") == (3.0 if is_kept else 0.0) + 0.4
+    assert expected(story, "b") == (20 * 0.4 if is_kept else 0.0) + 0.4
 
 
 def test_pinned_and_uninterrupted_ones_leave_when_nobody_knows() -> None:
