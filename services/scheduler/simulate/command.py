@@ -42,7 +42,7 @@ def _traffic(command: F) -> F:
         click.option("--sizes", type=_FILE, help="CSV of model,weight_bytes, for --trace."),
         click.option("--size", default="16GB", show_default=True, help="Weights, for --trace."),
         click.option("--trace", "trace_file", type=_FILE, help="Your own traffic, CSV or CSV.gz."),
-        click.option("--traces", "folder", type=_FOLDER, help="Where the workloads' files are."),
+        click.option("--traces", "folder", type=_FOLDER, help="Folder of `hotswap traces`."),
         click.option("--seed", default=0, show_default=True, help="Of workloads that are drawn."),
     ):  # fmt: skip
         command = option(command)
@@ -257,7 +257,7 @@ def _compare(
     for workload, num_gpus in workloads:
         results: dict[str, Result] = {}
         for one in chosen:
-            with _progress(f"{workload.name}, {one.name}") as on_progress:
+            with progress(f"{workload.name}, {one.name}") as on_progress:
                 gpus = Gpus(num_gpus, memory)
                 results[one.name] = run_policy(workload, gpus, one, on_progress=on_progress)
         summaries = {name: report.summarize(result, name) for name, result in results.items()}
@@ -293,7 +293,7 @@ def _plan(
     console = Console()
     written: dict[str, plan.Plan] = {}
     for workload, _ in workloads:
-        with _progress(f"{workload.name}, plan") as on_progress:
+        with progress(f"{workload.name}, plan") as on_progress:
             made = plan.plan(workload, memory, chosen[0], target, on_progress=on_progress)
         console.print(plan.table(workload, made))
         if made.num_gpus is None:
@@ -308,7 +308,7 @@ def _plan(
 
 
 @contextmanager
-def _progress(label: str) -> Iterator[Callable[[float], None] | None]:
+def progress(label: str) -> Iterator[Callable[[float], None] | None]:
     """A bar, where somebody looks at a terminal."""
     if not sys.stderr.isatty():
         yield None

@@ -1,7 +1,7 @@
 """The named workloads: real traffic of a day, and drawn traffic, each with its number of GPUs.
 
 The traces are not part of this project, their licences differ. ``--traces`` names the folder
-that holds them.
+that holds them; `hotswap traces` makes them from where they were published.
 """
 
 import math
@@ -20,17 +20,17 @@ from services.scheduler.simulate.workload import (
     lognormal_lengths,
     poisson,
     read,
-    rows_of,
     sampled_lengths,
 )
 
 TAIL_FILE = "servegen_tail.csv.gz"
-TAIL_MODELS_FILE = "servegen_tail_models.csv"
 MARKET_FILE = "gentd26_models.csv.gz"
 ARENA_FILE = "arena27.csv.gz"
 LENGTHS_FILE = "azure_llm_2023.csv.gz"
+MADE = " (`hotswap traces` makes it)"
 
-TAIL_MIN_DEDICATED = 0.97  # a model below bursts beyond what a GPU of its own could serve
+# Each bursts beyond what a GPU of its own could serve: not what is to be compared here.
+TAIL_BURSTS = ("S004", "S029", "S034", "S041", "S045", "S054", "S065", "S107", "S110")
 NUM_TAIL_MODELS = 115
 MARKET_SPEED = 100.0
 
@@ -55,10 +55,10 @@ class Preset(msgspec.Struct, frozen=True):
 
 def _file(folder: Path | None, name: str) -> Path:
     if folder is None:
-        raise SimulateError(f"{name} is needed: say where it is with --traces DIR")
+        raise SimulateError(f"{name} is needed: say where it is with --traces DIR{MADE}")
     path = folder / name
     if not path.exists():
-        raise SimulateError(f"{name} is not in {folder}: give its folder with --traces DIR")
+        raise SimulateError(f"{name} is not in {folder}: give its folder with --traces DIR{MADE}")
     return path
 
 
@@ -71,18 +71,14 @@ def lengths(folder: Path | None) -> Lengths:
 
 def tail115(folder: Path | None, _seed: int = 0, duration_s: float = math.inf) -> Workload:
     """A day of 115 models that each get little traffic."""
-    path = _file(folder, TAIL_MODELS_FILE)
-    rows = list(rows_of(path, ("model_id", "dedicated_1gpu_ttft1s")))
-    bursts = {model for model, share in rows if share < TAIL_MIN_DEDICATED}
-    if len(rows) - len(bursts) != NUM_TAIL_MODELS:
+    path = _file(folder, TAIL_FILE)
+    workload = read(path, name="tail115", without=TAIL_BURSTS)
+    if len(workload.models) != NUM_TAIL_MODELS:
         raise SimulateError(
-            f"{path}: {len(rows) - len(bursts)} models have dedicated_1gpu_ttft1s of "
-            f"{TAIL_MIN_DEDICATED} or more, and not {NUM_TAIL_MODELS}: another file?"
+            f"{path}: {len(workload.models)} models besides those that burst, and not "
+            f"{NUM_TAIL_MODELS}: another file?"
         )
-    trace = _file(folder, TAIL_FILE)
-    workload = read(trace, name="tail115", duration_s=duration_s, without=bursts)
-    everyone = {model: DEFAULT_SIZE for model, _ in rows if model not in bursts}
-    return Workload(workload.name, everyone, workload.requests)
+    return workload.shortened(duration_s)
 
 
 def market87(folder: Path | None, _seed: int = 0, duration_s: float = math.inf) -> Workload:

@@ -122,9 +122,12 @@ def read_sizes(path: Path, base: ModelSize = DEFAULT_SIZE) -> dict[str, ModelSiz
 
 
 def rows_of(
-    path: Path, columns: Sequence[str], optional: Sequence[str] = ()
+    path: Path,
+    columns: Sequence[str],
+    optional: Sequence[str] = (),
+    kinds: Mapping[str, Callable[[str], Any]] | None = None,
 ) -> Iterator[tuple[Any, ...]]:
-    """The named columns of each line of a CSV file, plain or .gz, as `_KINDS` has them.
+    """The named columns of each line of a CSV file, plain or .gz, as ``kinds`` has them.
 
     After them those ``optional`` ones that the file has.
 
@@ -140,26 +143,33 @@ def rows_of(
                     f"the first line must name {', '.join(columns)}"
                 )
             wanted = [*columns, *(column for column in optional if column in header)]
-            kinds = [_KINDS[column] for column in wanted]
+            parsers = [(kinds or _KINDS)[column] for column in wanted]
             at = [header.index(column) for column in wanted]
             for row in reader:
                 try:
-                    yield tuple([kind(row[i]) for kind, i in zip(kinds, at, strict=True)])
-                except (ValueError, IndexError) as error:
+                    yield tuple([parse(row[i]) for parse, i in zip(parsers, at, strict=True)])
+                except IndexError as error:
+                    raise SimulateError(
+                        f"{path}, line {reader.line_num}: {len(row)} of {len(header)} columns; "
+                        f"{', '.join(columns)} are needed"
+                    ) from error
+                except ValueError as error:
                     raise SimulateError(f"{path}, line {reader.line_num}: {error}") from error
     except (OSError, EOFError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise SimulateError(f"{path}: {reason}") from error
 
 
-def _number(text: str) -> float:
+def number(text: str) -> float:
+    """Finite, 0 or more. Raises ValueError."""
     value = float(text)
     if not 0 <= value < math.inf:
         raise ValueError(f"{text} is not a finite number, 0 or more")
     return value
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """0 or more. Raises ValueError."""
     value = int(text)
     if value < 0:
         raise ValueError(f"{text} is less than 0")
@@ -167,14 +177,13 @@ def _count(text: str) -> int:
 
 
 _KINDS: dict[str, Callable[[str], Any]] = {
-    "t_s": _number,
+    "t_s": number,
     "model_id": sys.intern,
     "model": sys.intern,
     "tenant": sys.intern,
-    "input_tokens": _count,
-    "output_tokens": _count,
-    "weight_bytes": _count,
-    "dedicated_1gpu_ttft1s": _number,
+    "input_tokens": count,
+    "output_tokens": count,
+    "weight_bytes": count,
 }
 
 
