@@ -14,7 +14,7 @@ from services.bus import BusError, BusOptions
 from services.ops import nats_server, stack
 from services.ops.supervisor import Supervisor, stop_on_signals
 from services.scheduler.simulate.command import simulate
-from services.scheduler.simulate.traces_command import traces
+from services.scheduler.simulate.traces_command import traffic
 from services.settings import GpuSettings, Settings, SettingsError
 
 log = logging.getLogger("hotswap")
@@ -57,7 +57,7 @@ def cli() -> None:
     hotswap trace            where the time of a request went
     hotswap verify           check a model's weights in memory against what was loaded
     hotswap simulate         traffic of a day on simulated GPUs; how many GPUs are needed
-    hotswap traces           public traces made into traffic for hotswap simulate
+    hotswap traffic          public traces made into traffic for hotswap simulate
 
     \b
     Exit status:
@@ -69,7 +69,7 @@ def cli() -> None:
 
 
 cli.add_command(simulate)
-cli.add_command(traces)
+cli.add_command(traffic)
 
 
 @cli.command()

@@ -27,7 +27,7 @@ IMAGES = """gmt_create,predict_type,exec_time_seconds,checkpoint_model_version_i
 
 
 def convert(*argv: str | Path) -> Result:
-    return CliRunner().invoke(cli, ["traces", *map(str, argv)])
+    return CliRunner().invoke(cli, ["traffic", *map(str, argv)])
 
 
 def made(*argv: str | Path, out: Path) -> list[Request]:
@@ -100,7 +100,7 @@ def test_gentd26_borrows_the_lengths_of_conversations(azure: Path, tmp_path: Pat
     (tmp_path / "lora_request_trace.csv").write_text(IMAGES)
     done = convert("gentd26", tmp_path, "--out", tmp_path)
     assert done.exit_code == 1
-    assert "run `hotswap traces azure` first" in done.output
+    assert "run `hotswap traffic azure` first" in done.output
     made("azure", azure, out=tmp_path)
     requests = made("gentd26", tmp_path, out=tmp_path)
     assert [(request.at_s, request.model) for request in requests] == [

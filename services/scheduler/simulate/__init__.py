@@ -10,7 +10,7 @@
     report.py  plots.py         shares, percentiles, bytes; tables, JSON, pictures
     plan.py                     how many GPUs are needed
     command.py                  `hotswap simulate`
-    traces_command.py           `hotswap traces`
+    traces_command.py           `hotswap traffic`
 
 The scheduler is not modelled: the very function that the live service calls makes every decision.
 The same workload, policy and seed give the same figures to the last digit.

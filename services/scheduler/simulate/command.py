@@ -42,7 +42,7 @@ def _traffic(command: F) -> F:
         click.option("--sizes", type=_FILE, help="CSV of model,weight_bytes, for --trace."),
         click.option("--size", default="16GB", show_default=True, help="Weights, for --trace."),
         click.option("--trace", "trace_file", type=_FILE, help="Your own traffic, CSV or CSV.gz."),
-        click.option("--traces", "folder", type=_FOLDER, help="Folder of `hotswap traces`."),
+        click.option("--traces", "folder", type=_FOLDER, help="Folder of `hotswap traffic`."),
         click.option("--seed", default=0, show_default=True, help="Of workloads that are drawn."),
     ):  # fmt: skip
         command = option(command)

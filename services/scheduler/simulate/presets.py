@@ -1,7 +1,7 @@
 """The named workloads: real traffic of a day, and drawn traffic, each with its number of GPUs.
 
 The traces are not part of this project, their licences differ. ``--traces`` names the folder
-that holds them; `hotswap traces` makes them from where they were published.
+that holds them; `hotswap traffic` makes them from where they were published.
 """
 
 import math
@@ -27,7 +27,7 @@ TAIL_FILE = "servegen_tail.csv.gz"
 MARKET_FILE = "gentd26_models.csv.gz"
 ARENA_FILE = "arena27.csv.gz"
 LENGTHS_FILE = "azure_llm_2023.csv.gz"
-MADE = " (`hotswap traces` makes it)"
+MADE = " (`hotswap traffic` makes it)"
 
 # Each bursts beyond what a GPU of its own could serve: not what is to be compared here.
 TAIL_BURSTS = ("S004", "S029", "S034", "S041", "S045", "S054", "S065", "S107", "S110")

@@ -1,4 +1,4 @@
-"""`hotswap traces`: the files of the named workloads, made from public sources."""
+"""`hotswap traffic`: the files of the named workloads, made from public sources."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,21 +26,21 @@ def _places(command: F) -> F:
 
 
 @click.group()
-def traces() -> None:
+def traffic() -> None:
     """Make the traffic files of `hotswap simulate` from public traces.
 
     Clone the repository that the command names and give the clone as SOURCE; nothing is
     downloaded. The traces keep their licences, and ask to be cited.
 
     \b
-    hotswap traces azure    AzurePublicDataset --out DIR   lengths of requests
-    hotswap traces gentd26  clusterdata --out DIR          for market87; needs that of azure
-    hotswap traces arena    VTC-artifact --out DIR         for arena27
-    hotswap traces servegen ServeGen --out DIR             for tail115
+    hotswap traffic azure    AzurePublicDataset --out DIR   lengths of requests
+    hotswap traffic gentd26  clusterdata --out DIR          for market87; needs that of azure
+    hotswap traffic arena    VTC-artifact --out DIR         for arena27
+    hotswap traffic servegen ServeGen --out DIR             for tail115
     """
 
 
-@traces.command()
+@traffic.command()
 @_places
 def azure(source: Path, out: Path) -> None:
     """Azure LLM inference trace 2023: an hour of two services.
@@ -58,10 +58,10 @@ def azure(source: Path, out: Path) -> None:
         _written(traces.azure(source), out / presets.LENGTHS_FILE)
 
 
-@traces.command()
+@traffic.command()
 @_places
 @click.option("--lengths", type=click.Path(dir_okay=False, path_type=Path),
-              help="The file of `hotswap traces azure`. Default: the one in --out.")  # fmt: skip
+              help="The file of `hotswap traffic azure`. Default: the one in --out.")  # fmt: skip
 def gentd26(source: Path, out: Path, lengths: Path | None) -> None:
     """GenTD26: three weeks of a service that makes images with many models.
 
@@ -79,14 +79,14 @@ def gentd26(source: Path, out: Path, lengths: Path | None) -> None:
     lengths = lengths or out / presets.LENGTHS_FILE
     if not lengths.exists():
         raise click.ClickException(
-            f"{lengths} does not exist, and lengths come from there: run `hotswap traces azure` "
+            f"{lengths} does not exist, and lengths come from there: run `hotswap traffic azure` "
             "first, or name its file with --lengths"
         )
     with _errors():
         _written(traces.gentd26(source, lengths), out / presets.MARKET_FILE)
 
 
-@traces.command()
+@traffic.command()
 @_places
 def arena(source: Path, out: Path) -> None:
     """A chat arena: ten minutes of 27 models, as the VTC artifact resampled it.
@@ -107,7 +107,7 @@ def arena(source: Path, out: Path) -> None:
         _written(traces.arena(source), out / presets.ARENA_FILE)
 
 
-@traces.command()
+@traffic.command()
 @_places
 def servegen(source: Path, out: Path) -> None:
     """ServeGen: a day of the clients of a cloud that send little; each becomes a model.
