@@ -54,6 +54,7 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     preemption: Literal["slack", "off"] = "slack"
     replicate: bool = True  # another replica of a model that is served, but too slowly,
     crowd: int = 8  # where each has so many requests
+    keep_large: bool = True  # of many GPUs some stay with models that need most of one
     prefetch: bool = False  # what may be wanted next comes in unasked, if it hurts nobody
     migrate: bool = False  # a model of a GPU where too much runs moves to another one
     fair_shares: bool = True  # who used more than others waits behind them,

@@ -19,7 +19,8 @@ from services.scheduler.replica import Agent, Replica
 from services.scheduler.state import ClusterState
 
 _GPUS_PER_LARGE = 8  # one GPU of so many is kept for large models,
-_KEPT_S = 20.0  # until nobody has asked for the one that is there for so long
+_KEPT_S = 20.0  # until nobody has asked for the one that is there for so long,
+_WORTH_KEEPING = 0.25  # if its swap-in takes more than so much of its target for first tokens
 
 
 def gives_way(state: ClusterState, replica: Replica) -> bool:
@@ -54,14 +55,18 @@ def is_kept(state: ClusterState, newcomer: Replica, victim: Replica, now: float)
 
     Small models break a room for a large one wherever they go, and the next large request waits
     until a whole GPU can be cleared without harm. So one GPU in eight stays with large models,
-    which take turns there, while they are asked for. Pinned newcomers are not held up.
+    which take turns there, while they are asked for. Pinned newcomers are not held up. Where swaps
+    are quick there is no need for it.
     """
     return (
         victim.is_large
+        and state.config.keep_large
         and not newcomer.is_large
         and len(state.index.large) <= len(state.index.usable) // _GPUS_PER_LARGE
         and (victim.in_flight > 0 or now - victim.last_used < _KEPT_S)
         and not state.is_pinned(newcomer.model)
+        and victim.agent.link.swap_in_s(victim.weight_bytes)
+        > _WORTH_KEEPING * state.ttft_target_s(victim.model, "interactive")
     )
 
 

@@ -169,11 +169,14 @@ def test_rooms_for_the_largest_model_are_kept_whole() -> None:
     assert scene.place("a") == Placement("gpu1", "swap_in")
 
 
-def kept_for_large(used_at: float, num_gpus: int = 8, in_flight: int = 0) -> Scene:
+def kept_for_large(
+    used_at: float, num_gpus: int = 8, in_flight: int = 0, swap_s: float = 0.6
+) -> Scene:
     """A large model on gpu0, used at ``used_at``; all other GPUs are full of busy models."""
     scene = Scene()
     large = scene.gpu("gpu0", 10, z=("resident", 8, in_flight), y=("host", 8, 0), b=("host", 5, 0))
     large.replicas["z"].last_used = used_at
+    large.link.note(SwapTrace(0.0, total_s=swap_s))
     for number in range(1, num_gpus):
         name = f"gpu{number}"
         agent = scene.gpu(
@@ -195,7 +198,13 @@ def test_one_gpu_of_eight_stays_with_large_models_while_they_are_wanted() -> Non
     assert scene.place("b") is None
     scene.waits("y")
     assert scene.place("y") == Placement("gpu0", "evict", ("z",))  # as large: they take turns
-    scene.waits("b", NOW - 3.1)  # too long: it need not stand back any more
+    scene.waits("b", NOW - 12.1)  # too long: it need not stand back any more
+    assert scene.place("b") == Placement("gpu0", "evict", ("z",))
+
+
+def test_where_swaps_are_quick_none_does() -> None:
+    scene = kept_for_large(NOW - 1.0, swap_s=0.4)
+    scene.waits("b", NOW - 0.5)
     assert scene.place("b") == Placement("gpu0", "evict", ("z",))
 
 
@@ -210,8 +219,9 @@ def test_of_more_large_models_than_are_kept_any_may_leave() -> None:
     scene = kept_for_large(NOW - 1.0, num_gpus=7)
     agent = scene.gpu("gpu7", 10, x=("resident", 8, 0), b=("host", 5, 0))
     agent.replicas["x"].last_used = NOW - 2.0
+    agent.link.note(SwapTrace(0.0, total_s=0.6))
     scene.waits("b", NOW - 0.5)
-    assert scene.place("b") == Placement("gpu0", "evict", ("z",))
+    assert scene.place("b") == Placement("gpu7", "evict", ("x",))
 
 
 def test_a_busy_one_is_not_preempted_for_smaller_ones_either() -> None:

@@ -19,6 +19,7 @@ _BASELINE = {
     "preemption": "off",
     "replicate": False,
     "fair_shares": False,
+    "keep_large": False,
 }
 
 ABOUT = {
