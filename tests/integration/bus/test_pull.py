@@ -11,7 +11,16 @@ from schemas import names
 from services.bus import Bus, Delivery, Puller, WorkQueue, work_queue
 from services.bus.connection import RawMessage
 from services.bus.work_queue import REDELIVER_AFTER_S
-from tests.integration.bus.kit import MODEL, Box, Parties, holds_only, pulling, request, tap
+from tests.integration.bus.kit import (
+    MODEL,
+    Box,
+    Parties,
+    eventually,
+    holds_only,
+    pulling,
+    request,
+    tap,
+)
 from tests.integration.nats_process import NatsServer
 
 
@@ -212,6 +221,12 @@ async def test_a_puller_survives_the_loss_of_its_consumer(
         await puller.want(wanted)
     await pulls.count(4)
     name = names.consumer_name(MODEL)
+
+    async def all_wait() -> bool:
+        info = await admin.jetstream(f"CONSUMER.INFO.{names.STREAM_REQUESTS}.{name}")
+        return bool(info["num_waiting"] == 4)
+
+    await eventually(all_wait, "the server to take four pulls")  # those on their way are lost
     await admin.jetstream(f"CONSUMER.DELETE.{names.STREAM_REQUESTS}.{name}")
     await pulls.count(5)
     assert asked(pulls.all[4:]) == 4
