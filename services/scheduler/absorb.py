@@ -167,6 +167,8 @@ def _started(state: ClusterState, event: RequestStarted, now: float) -> None:
         replica.slack_s, replica.slack_at = slack_s * num / (num + 1), now
         replica.in_flight += 1
         replica.last_used = now
+        if replica.is_suspended:  # a late event: they are due at another time now
+            state.index.changed.turns[event.model] = None
         eviction.note_use(state, replica)
 
 

@@ -122,6 +122,7 @@ def adopt(replica: Replica, theirs: ReplicaStatus, now: float, why: str) -> None
     replica.believe_at = None
     replica.resident_since = now
     replica.slack_s, replica.slack_at = 0.0, now
+    replica.agent.index.changed.turns[replica.model] = None  # suspended ones are due later
     if was != "host":  # else requests that are suspended wait as long as we knew
         replica.host_since = now
     if theirs.state == "failed" and replica.failure is None:
