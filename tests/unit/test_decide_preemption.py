@@ -189,6 +189,18 @@ def test_queue_depths_count_suspended_requests() -> None:
     assert waiters == ["r2", "recovered-1"]
 
 
+def test_a_start_that_is_told_late_makes_them_due_at_another_time() -> None:
+    """It was on average that they were ahead, and one more was not ahead at all."""
+    story = preempted()
+    (was,) = story.state.line.of("a")
+    story.now += 0.3
+    story.started("late", "a")
+    (now,) = story.state.line.of(
+        "a"
+    )  # as filed: `Story.tell` compares it with a look at everything
+    assert now.due_at < was.due_at
+
+
 def test_a_late_status_does_not_make_running_requests_look_suspended() -> None:
     story = running(on("a", "resident", 60, in_flight=1), on("b", "host", 60))
     story.demand("r1", "b")
