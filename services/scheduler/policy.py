@@ -38,9 +38,7 @@ _PRESSURE_S = 0.5  # what a GPU whose memory is all in use costs a newcomer, in 
 _ROW_S = 0.001  # and each request that runs there
 _HURRY = 1.5  # who is due within so many times what its swap-in takes is in a hurry
 _HURRY_BACK = 3.0  # the same of suspended requests; until then they leave the link to others
-_CHEAP = (
-    20.0  # swap-ins in a run quantum: where so many fit, coming back soon costs next to nothing
-)
+_CHEAP = 20.0  # swap-ins in a run quantum: where so many fit, coming back soon costs nothing
 _PATIENCE = 20.0  # swap-ins: where they are slow, who waits longest must wait longer
 _RETURN_S = 10.0  # a model that was idle for less is as likely as not wanted again soon
 
@@ -174,14 +172,6 @@ def candidates(state: ClusterState, turn: Turn) -> list[Agent]:
         chosen.update(dict.fromkeys(places.host))
     chosen.update(dict.fromkeys(gpu for _, gpu in islice(state.index.rooms, MOST_GPUS)))
     return [usable[gpu] for gpu in chosen if gpu in usable]
-
-
-def place(
-    state: ClusterState, turn: Turn, claims: Claims, now: float, closed: Collection[str] = ()
-) -> Placement | None:
-    """Where the model of ``turn`` goes; None if nothing can be done for it now."""
-    best = choose(state, weigh(state, turn, claims, now, closed))
-    return best.placement if best else None
 
 
 def choose(state: ClusterState, options: list[Option]) -> Option | None:
