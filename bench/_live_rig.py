@@ -118,7 +118,7 @@ class Live:
         async def on_status(message: Message[AgentStatus]) -> None:
             self.status = message.body
 
-        await rig.bus.subscribe(f"{names.PREFIX}.events.>", Event, on_event)
+        await rig.bus.subscribe(names.events_subject(), Event, on_event)
         await rig.bus.subscribe(f"{names.PREFIX}.agent.*.command", Command, on_command)
         await rig.bus.subscribe(names.status_subject(), AgentStatus, on_status)
         await rig.bus.flush()

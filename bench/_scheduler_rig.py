@@ -111,7 +111,7 @@ class Rig:
         async def on_command(message: Message[Command]) -> None:
             await self.seen.add(message.body)
 
-        await self.bus.subscribe(f"{names.PREFIX}.events.leader_elected.>", Event, on_event)
+        await self.bus.subscribe(names.events_subject("leader_elected"), Event, on_event)
         await self.bus.subscribe(f"{names.PREFIX}.agent.*.command", Command, on_command)
         await self.bus.flush()
 
@@ -172,7 +172,7 @@ class FakeAgents:
         async def on_leader(_: Message[LeaderElected]) -> None:
             await self.tell()
 
-        subject = f"{names.PREFIX}.events.leader_elected.>"
+        subject = names.events_subject("leader_elected")
         await self._bus.subscribe(subject, LeaderElected, on_leader)
         self._beating = asyncio.create_task(self._beat())
 

@@ -170,7 +170,7 @@ class Watch:
             self.num_statuses += 1
             self.num_over_budget += status.used_bytes > status.budget_bytes
 
-        await rig.bus.subscribe(f"{names.PREFIX}.events.>", Event, on_event)
+        await rig.bus.subscribe(names.events_subject(), Event, on_event)
         await rig.bus.subscribe(names.status_subject(), AgentStatus, on_status)
         await rig.bus.flush()
 

@@ -87,6 +87,11 @@ def event_subject(kind: str, gpu: str = "", model: str = "") -> str:
     return f"{PREFIX}.events.{kind}.{gpu_token}.{model_token}"
 
 
+def events_subject(kind: str = "") -> str:
+    """All events, or those of one kind."""
+    return f"{PREFIX}.events.{kind}.>" if kind else f"{PREFIX}.events.>"
+
+
 def wait_subject(model: str | None = None) -> str:
     return f"{PREFIX}.waits.{escape(model) if model else '*'}"
 

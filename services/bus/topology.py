@@ -45,7 +45,7 @@ def request_stream(max_queued_per_model: int = MAX_QUEUED_PER_MODEL) -> dict[str
 def event_stream() -> dict[str, Any]:
     return {
         "name": names.STREAM_EVENTS,
-        "subjects": [f"{names.PREFIX}.events.>"],
+        "subjects": [names.events_subject()],
         "retention": "limits",
         "storage": "file",
         "discard": "old",

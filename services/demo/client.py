@@ -53,7 +53,7 @@ class DemoClient:
 
     async def __aenter__(self) -> "DemoClient":
         self._bus = await Bus.connect(self._endpoints.options("admin"), service="demo")
-        await self._bus.subscribe(f"{names.PREFIX}.events.>", Event, self._on_event)
+        await self._bus.subscribe(names.events_subject(), Event, self._on_event)
         await self._bus.subscribe(names.status_subject(), AgentStatus, self._on_status)
         await self._bus.flush()
         return self

@@ -32,7 +32,7 @@ from services.settings import GpuSettings
 
 log = logging.getLogger(__name__)
 
-_ELECTED = f"{names.PREFIX}.events.leader_elected.>"
+_ELECTED = names.events_subject("leader_elected")
 
 
 def _always() -> bool:

@@ -75,7 +75,7 @@ async def take(options: BusOptions, model: str, last: int) -> Story:
 
 async def read_decisions(bus: Bus, model: str, last: int, now: float) -> list[DecisionMade]:
     """The ``last`` decisions in which ``model`` was brought in, or had to leave; oldest first."""
-    subject = names.event_subject("decision_made").partition(names.NO_TOKEN)[0] + ">"
+    subject = names.events_subject("decision_made")
     decoder = msgspec.json.Decoder(DecisionMade)
     found: list[DecisionMade] = []
     for window_s in _WINDOWS_S:

@@ -271,6 +271,11 @@ class Replica:
         """What its next swap-in will take (seconds), as far as known."""
         return self.agent.link.swap_in_s(self.weight_bytes - self._cached_bytes)
 
+    def arrives_in_s(self, now: float) -> float:
+        """What its swap-in, which is under way, should still take (seconds)."""
+        begun_at = self._pending.sent_at if self._pending else now
+        return max(0.0, begun_at + self.swap_in_s - now)
+
     @property
     def desired(self) -> Literal["resident", "host", "cold"]:
         """What the commands so far aim at (`schemas.state.PlacementRecord.desired`)."""

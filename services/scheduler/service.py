@@ -71,7 +71,7 @@ STATUS_PATIENCE_S = 0.25  # for the agents' answers to a new leader
 _RETRY_S = 0.5  # where the server does not answer
 _TURN_S = 0.02  # inputs are decided in one go for so long; then others have their turn
 _NUM_REMEMBERED = 50  # inputs, for the story when `decide` fails
-_DECISIONS = names.event_subject("decision_made").partition(names.NO_TOKEN)[0]
+_DECISIONS = names.events_subject("decision_made").removesuffix(">")
 
 
 async def run(settings: Settings, options: BusOptions, *, stop: asyncio.Event) -> None:
@@ -164,7 +164,7 @@ class Leader:
             self._tell(DeploymentAdded(spec))
         bus, undo = self._bus, self._undo.append
         undo(await bus.listen(names.demand_subject(), self._on_demand))
-        undo(await bus.listen(f"{names.PREFIX}.events.>", self._on_event))
+        undo(await bus.listen(names.events_subject(), self._on_event))
         undo(await bus.listen(names.status_subject(), self._on_status))
         leadership = self._leadership
         await self._teller.announce(LeaderElected(leadership.holder, leadership.epoch, time.time()))

@@ -131,8 +131,7 @@ def arrival_s(state: ClusterState, agent: Agent, now: float) -> float:
     left_s = 0.0
     for replica in agent.device.values():
         if replica.state == "swapping_in":
-            begun_at = replica.pending.sent_at if replica.pending else now
-            left_s += max(0.0, begun_at + replica.swap_in_s - now)
+            left_s += replica.arrives_in_s(now)
     return left_s
 
 

@@ -158,8 +158,7 @@ def _arrives_in_s(replica: Replica, now: float) -> float:
     left_s = 0.0
     for other in replica.agent.device.values():  # in the order in which they were commanded
         if other.state == "swapping_in":
-            begun_at = other.pending.sent_at if other.pending else now
-            left_s += max(0.0, begun_at + other.swap_in_s - now)
+            left_s += other.arrives_in_s(now)
         if other is replica:
             break
     return left_s

@@ -1,7 +1,5 @@
 """Models that come in before anybody asks: where it hurts nobody, and never in anybody's way."""
 
-import msgspec
-
 from schemas.commands import Command, SwapIn, SwapOut
 from services.scheduler.simulate.policies import config_with
 from services.scheduler.simulate.run import Gpus, simulate
@@ -108,7 +106,7 @@ def test_simulated_guesses_move_bytes_and_every_request_ends() -> None:
     models = {f"m{number}": ModelSize(16 * GB) for number in range(12)}
     workload = poisson(models, 0.6, 300.0, seed=3, zipf=1.0)
     commands: list[Command] = []
-    config = msgspec.structs.replace(config_with(prefetch=True))
+    config = config_with(prefetch=True)
     result = simulate(
         workload, Gpus(2), config=config, listen=lambda _event, _now, more: commands.extend(more)
     )

@@ -122,7 +122,7 @@ def simulate(
     """
     from services.scheduler.simulate.errors import SimulateError
 
-    try:
+    with plain_errors():
         workloads = _workloads(names, folder, trace_file, num_gpus, how)
         if plot_file:
             from services.scheduler.simulate import plots
@@ -136,6 +136,15 @@ def simulate(
             _plan(workloads, chosen, memory, (target, ttft_s), json_file, plot_file)
         else:
             _compare(workloads, chosen, memory, json_file, plot_file)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """What can be wrong with input and files, in one line for who typed the command."""
+    from services.scheduler.simulate.errors import SimulateError
+
+    try:
+        yield
     except SimulateError as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:  # of a file that is written

@@ -154,9 +154,8 @@ class Simulation:
         num = len(workload.requests)
         self.ttft_s = array("d", [math.nan]) * num
         self.tpot_s = array("d", [math.nan]) * num
-        if getattr(config, "eviction", "") == "belady":
-            foresight = "next_use"  # the scheduler's state has it for this policy only
-            setattr(self.state, foresight, next_use(workload))
+        if config.eviction == "belady":
+            self.state.next_use = next_use(workload)
 
     def run(self, on_progress: Callable[[float], None] | None = None) -> Result:
         """All of it, up to the last end."""

@@ -1,11 +1,12 @@
 """`hotswap traffic`: the files of the named workloads, made from public sources."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from services.scheduler.simulate.command import plain_errors, progress
 
 if TYPE_CHECKING:
     from services.scheduler.simulate.workload import Request
@@ -54,7 +55,7 @@ def azure(source: Path, out: Path) -> None:
     """
     from services.scheduler.simulate import presets, traces
 
-    with _errors():
+    with plain_errors():
         _written(traces.azure(source), out / presets.LENGTHS_FILE)
 
 
@@ -82,7 +83,7 @@ def gentd26(source: Path, out: Path, lengths: Path | None) -> None:
             f"{lengths} does not exist, and lengths come from there: run `hotswap traffic azure` "
             "first, or name its file with --lengths"
         )
-    with _errors():
+    with plain_errors():
         _written(traces.gentd26(source, lengths), out / presets.MARKET_FILE)
 
 
@@ -103,7 +104,7 @@ def arena(source: Path, out: Path) -> None:
     """
     from services.scheduler.simulate import presets, traces
 
-    with _errors():
+    with plain_errors():
         _written(traces.arena(source), out / presets.ARENA_FILE)
 
 
@@ -123,9 +124,8 @@ def servegen(source: Path, out: Path) -> None:
                 Language Model Serving in Production. arXiv 2505.09999
     """
     from services.scheduler.simulate import presets, tail
-    from services.scheduler.simulate.command import progress
 
-    with _errors():
+    with plain_errors():
         with progress("ServeGen") as on_progress:
             requests = tail.tail(source, on_progress)
         _written(requests, out / presets.TAIL_FILE)
@@ -138,16 +138,3 @@ def _written(requests: "list[Request]", path: Path) -> None:
     num_models = len({request.model for request in requests})
     hours = (requests[-1].at_s - requests[0].at_s) / 3600
     click.echo(f"{path}: {len(requests):,} requests, {num_models} models, {hours:.2f} h")
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """In one line."""
-    from services.scheduler.simulate.errors import SimulateError
-
-    try:
-        yield
-    except SimulateError as error:
-        raise click.ClickException(str(error)) from error
-    except OSError as error:
-        raise click.ClickException(f"{error.filename}: {error.strerror}") from error

@@ -77,11 +77,6 @@ class Workload(msgspec.Struct, frozen=True):
         tenants = tuple(request.tenant for request in self.requests)
         return tenants if any(tenants) else ()
 
-    def of_model(self, model: str) -> "Workload":
-        """The requests of one model alone."""
-        requests = [request for request in self.requests if request.model == model]
-        return Workload(f"{self.name}/{model}", {model: self.models[model]}, requests)
-
 
 def read(
     path: Path,
