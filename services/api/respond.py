@@ -7,28 +7,24 @@ status. A stream that breaks later ends with one `data: {"error": ...}` event.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import msgspec
 from litestar.response.base import ASGIResponse
 from litestar.types import Receive, Scope, Send
-from msgspec import UNSET
 from opentelemetry import trace
 from opentelemetry.trace import Status, StatusCode
 
 from schemas.stream import Finished
-from services.api import logprobs, openai
 from services.api.answer import Piece
 from services.api.call import Call, ClientLeft
 from services.api.errors import ApiError
 from services.api.fields import ignored_header
-from services.api.openai import WireFinishReason
+from services.api.forms import chunks_of, event_bytes, whole
 from services.api.parsing import Parsed
 from services.api.relay import Relay
 
 log = logging.getLogger(__name__)
 
-_encode = msgspec.json.Encoder().encode
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -57,7 +53,8 @@ async def respond(parsed: Parsed, call: Call, relay: Relay, receive: Receive) ->
         raise
     close()
     return ASGIResponse(
-        body=_whole(parsed, call, pieces), headers=answer_headers(parsed.ignored, call)
+        body=whole(parsed, call, pieces, _finished(call)),
+        headers=answer_headers(parsed.ignored, call),
     )
 
 
@@ -97,7 +94,7 @@ class EventStream(ASGIResponse):
         self._close = close
 
     async def send_body(self, send: Send, receive: Receive) -> None:
-        chunks = _chunks_of(self._parsed, self._call)
+        chunks = chunks_of(self._parsed, self._call)
         try:
             await _send(send, b"".join(chunks.opening()))
             pieces = self._first
@@ -111,7 +108,7 @@ class EventStream(ASGIResponse):
             log.error("request %s broke in mid-stream: %s", self._call.request_id, error)
             trace.get_current_span().set_status(Status(StatusCode.ERROR, str(error)))
             with contextlib.suppress(OSError):
-                await _send(send, _event_bytes(error.body))
+                await _send(send, event_bytes(error.body))
         except ClientLeft:
             log.info("request %s: the client left", self._call.request_id)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -128,113 +125,6 @@ async def _send(send: Send, body: bytes) -> None:
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
-def _event_bytes(body: bytes) -> bytes:
-    return b"data: " + body + b"\n\n"
-
-
-def _event(chunk: msgspec.Struct) -> bytes:
-    return _event_bytes(_encode(chunk))
-
-
 def _finished(call: Call) -> Finished:
     assert call.finished is not None, f"request {call.request_id} is read to its end but has none"
     return call.finished
-
-
-def _reason(finished: Finished) -> WireFinishReason:
-    # "cancelled" never gets here: the relay runs such a request again, or ends it with an error.
-    return "length" if finished.finish_reason == "length" else "stop"
-
-
-def _usage(finished: Finished) -> openai.Usage:
-    prompt, completion = finished.prompt_tokens, finished.completion_tokens
-    return openai.Usage(prompt, completion, prompt + completion)
-
-
-def _answer_id(parsed: Parsed, call: Call) -> str:
-    return ("chatcmpl-" if parsed.endpoint == "chat" else "cmpl-") + call.request_id
-
-
-def _whole(parsed: Parsed, call: Call, pieces: list[Piece]) -> bytes:
-    """The answer that is not streamed."""
-    finished = _finished(call)
-    head = (_answer_id(parsed, call), int(call.request.created_at), parsed.model)
-    text = "".join(piece.text for piece in pieces)
-    told = [one for piece in pieces for one in piece.logprobs]
-    if parsed.endpoint == "chat":
-        chat = openai.ChatChoice(
-            openai.AnswerMessage(text), _reason(finished), logprobs=logprobs.of_chat(told)
-        )
-        return _encode(openai.ChatCompletion(*head, [chat], _usage(finished)))
-    choice = openai.TextChoice(text, _reason(finished), logprobs=logprobs.of_text(told))
-    return _encode(openai.Completion(*head, [choice], _usage(finished)))
-
-
-class _ChatChunks:
-    """The events of a chat stream: the role, the texts, the finish reason, the usage if wanted."""
-
-    def __init__(self, parsed: Parsed, call: Call) -> None:
-        self._id = _answer_id(parsed, call)
-        self._created = int(call.request.created_at)
-        self._model = parsed.model
-        self._wants_usage = parsed.include_usage
-
-    def opening(self) -> Iterator[bytes]:
-        yield self._chunk(openai.Delta(role="assistant", content=""))
-
-    def piece(self, piece: Piece) -> bytes:
-        told = logprobs.of_chat(piece.logprobs)
-        return self._chunk(openai.Delta(content=piece.text), told=told)
-
-    def closing(self, finished: Finished) -> Iterator[bytes]:
-        yield self._chunk(openai.Delta(), _reason(finished))
-        if self._wants_usage:
-            yield _event(
-                openai.ChatCompletionChunk(
-                    self._id, self._created, self._model, [], _usage(finished)
-                )
-            )
-
-    def _chunk(
-        self,
-        delta: openai.Delta,
-        reason: WireFinishReason | None = None,
-        told: openai.ChatLogprobs | None = None,
-    ) -> bytes:
-        choices = [openai.ChatChunkChoice(delta, reason, logprobs=told)]
-        # With include_usage every chunk has the field, null until the last.
-        usage = None if self._wants_usage else UNSET
-        return _event(
-            openai.ChatCompletionChunk(self._id, self._created, self._model, choices, usage)
-        )
-
-
-class _TextChunks(_ChatChunks):
-    """The events of a completions stream: like a chat's, without roles."""
-
-    def opening(self) -> Iterator[bytes]:
-        return iter(())
-
-    def piece(self, piece: Piece) -> bytes:
-        return self._text_chunk(piece.text, told=logprobs.of_text(piece.logprobs))
-
-    def closing(self, finished: Finished) -> Iterator[bytes]:
-        yield self._text_chunk("", _reason(finished))
-        if self._wants_usage:
-            yield _event(
-                openai.Completion(self._id, self._created, self._model, [], _usage(finished))
-            )
-
-    def _text_chunk(
-        self,
-        text: str,
-        reason: WireFinishReason | None = None,
-        told: openai.TextLogprobs | None = None,
-    ) -> bytes:
-        usage = None if self._wants_usage else UNSET
-        choices = [openai.TextChoice(text, reason, logprobs=told)]
-        return _event(openai.Completion(self._id, self._created, self._model, choices, usage))
-
-
-def _chunks_of(parsed: Parsed, call: Call) -> _ChatChunks:
-    return _ChatChunks(parsed, call) if parsed.endpoint == "chat" else _TextChunks(parsed, call)
