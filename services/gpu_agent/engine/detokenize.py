@@ -87,8 +87,8 @@ class StopFinder:
     def push(self, text: str, may_stop: bool = True) -> tuple[str, bool]:
         """(text that may go out now, whether a stop string was reached).
 
-        The text ends before the stop string, or with it where it is to be included. With ``may_stop`` False (too few tokens yet)
-        everything goes out and nothing is looked for.
+        The text ends before the stop string, or with it where it is to be included. With
+        ``may_stop`` False (too few tokens yet) everything goes out and nothing is looked for.
         """
         if not self._stops:
             return text, False

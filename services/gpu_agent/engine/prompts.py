@@ -106,9 +106,7 @@ class ModelText:
                 f"{_first_line(error)}"
             ) from error
         # The template writes the special tokens itself; a second BOS would change the answer.
-        return list(
-            self.tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)
-        )
+        return list(self.tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens))
 
     def _template_variables(self, prompt: ChatPrompt) -> dict[str, Any]:
         """What the template gets besides the messages. Raises InvalidPrompt for what it would

@@ -233,9 +233,7 @@ class BadWords:
     def __call__(self, _: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         recent = self._recent
         last_ids = [
-            last
-            for before, last in self._words
-            if not before or recent[-len(before) :] == before
+            last for before, last in self._words if not before or recent[-len(before) :] == before
         ]
         if not last_ids:
             return scores
