@@ -194,7 +194,8 @@ class RequestWithdrawn(msgspec.Struct, frozen=True, tag="hotswap.request.v1.with
     model: str
     request_id: str
     at: float
-    reason: Literal["client_left", "deadline", "model_failed", "shutdown"]
+    # choice_failed: another choice of the same answer did, or found no room in the queue
+    reason: Literal["client_left", "deadline", "model_failed", "shutdown", "choice_failed"]
 
 
 class LeaderElected(msgspec.Struct, frozen=True, tag="hotswap.scheduler.v1.leader_elected"):

@@ -72,6 +72,14 @@ class TokenLogprobs(msgspec.Struct, frozen=True, omit_defaults=True):
     top: tuple[TokenLogprob, ...] = ()  # likeliest first
 
 
+class PromptTold(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What became of the prompt. Its ids and its text only where the request asks for them."""
+
+    num_tokens: int
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+
+
 class Tokens(msgspec.Struct, frozen=True, omit_defaults=True, tag="hotswap.stream.v1.tokens"):
     request_id: str
     attempt: int
@@ -79,6 +87,7 @@ class Tokens(msgspec.Struct, frozen=True, omit_defaults=True, tag="hotswap.strea
     token_ids: tuple[int, ...]
     text: str  # what these tokens add; never half a UTF-8 character
     logprobs: tuple[TokenLogprobs, ...] = ()  # of each of token_ids, where the request asks
+    prompt: PromptTold | None = None  # where index is 0
 
 
 class Vectors(msgspec.Struct, frozen=True, tag="hotswap.stream.v1.vectors"):
@@ -99,6 +108,7 @@ class Finished(msgspec.Struct, frozen=True, tag="hotswap.stream.v1.finished"):
     completion_tokens: int
     timing: RequestTiming
     text: str = ""  # what the detokeniser still held back
+    cached_tokens: int = 0  # of the prompt, whose KV was there already
 
 
 class Failed(msgspec.Struct, frozen=True, tag="hotswap.stream.v1.failed"):

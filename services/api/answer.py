@@ -15,7 +15,7 @@ valid for every run.
 
 from dataclasses import dataclass
 
-from schemas.stream import Finished, TokenLogprobs, Tokens
+from schemas.stream import Finished, PromptTold, TokenLogprobs, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class Piece:
 
     text: str
     logprobs: tuple[TokenLogprobs, ...] = ()
+    token_ids: tuple[int, ...] = ()  # the new ones
 
 
 class Diverged(Exception):
@@ -35,6 +36,7 @@ class Answer:
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
+        self.prompt: PromptTold | None = None  # comes with the first token
         self._pieces: list[str] = []
         self._num_chars = 0
         self._char_at = {0: 0}  # token index -> characters known before that token
@@ -56,6 +58,7 @@ class Answer:
         A chunk that begins beyond what is known (one before it was lost) adds nothing: a
         later run, or `missing` at the end, makes up for it.
         """
+        self.prompt = chunk.prompt or self.prompt
         index, known = chunk.index, len(self.token_ids)
         start = self._char_at.get(index)
         if index > known or start is None:
@@ -74,7 +77,9 @@ class Answer:
         self.token_ids.extend(fresh)
         self._append(text)
         self._char_at.setdefault(index + len(chunk.token_ids), start + len(chunk.text))
-        return Piece(text, chunk.logprobs[len(overlap) :]) if fresh or text else None
+        if not fresh and not text:
+            return None
+        return Piece(text, chunk.logprobs[len(overlap) :], tuple(fresh))
 
     def missing(self, chunk: Finished) -> int:
         """How many tokens of a finished run never arrived."""

@@ -11,10 +11,13 @@ from litestar.params import Parameter
 from litestar.types import ASGIApp
 from opentelemetry import trace
 
+from schemas.requests import Prompt, SamplingParams
 from services.api import errors, openapi
+from services.api.call import Call
 from services.api.catalog import Catalog
 from services.api.embeddings import parse_embeddings, respond_embeddings
 from services.api.errors import ApiError
+from services.api.fan import open_fan
 from services.api.openai import ModelList
 from services.api.parsing import Parsed, parse_chat, parse_completion
 from services.api.relay import Relay
@@ -98,9 +101,12 @@ async def _generate(request: HttpRequest, state: State, parsed: Parsed) -> ASGIA
     catalog.require(parsed.model)
     request_id = request_id_of(request.scope)
     tenant = tenant_of(request.headers.get("authorization"))
-    what = (parsed.model, parsed.prompt, parsed.sampling)
-    call = await relay.open(request_id, *what, tenant=tenant)
-    return await respond(parsed, call, relay, request.receive)
+
+    async def open_one(name: str, prompt: Prompt, sampling: SamplingParams) -> Call:
+        return await relay.open(name, parsed.model, prompt, sampling, tenant=tenant)
+
+    fan = await open_fan(parsed, request_id, relay, open_one)
+    return await respond(parsed, fan, request.receive)
 
 
 # -- models --------------------------------------------------------------------------------

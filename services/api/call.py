@@ -49,7 +49,7 @@ class Call:
         self._cause: Exception | None = None
         self._pieces: list[Piece] = []
         self._buffered_tokens = 0
-        self._news = asyncio.Event()
+        self.news = asyncio.Event()  # of whoever reads: several calls may share one
 
     @property
     def request_id(self) -> str:
@@ -71,6 +71,11 @@ class Call:
         return self.finished is not None or self._cause is not None
 
     @property
+    def has_failed(self) -> bool:
+        """It ended with an error."""
+        return isinstance(self._cause, Exception) and not isinstance(self._cause, ClientLeft)
+
+    @property
     def newest_run(self) -> str:
         return next(reversed(self.runs), self.request_id)
 
@@ -89,7 +94,7 @@ class Call:
         """Add a piece for the reader. An error where it is too far behind."""
         self._pieces.append(piece)
         self._buffered_tokens += num_tokens
-        self._news.set()
+        self.news.set()
         if self._buffered_tokens > MAX_BUFFERED_TOKENS:
             return slow_reader(self._buffered_tokens)
         return None
@@ -103,7 +108,7 @@ class Call:
             self._cause = how
         if self.timer:
             self.timer.cancel()
-        self._news.set()
+        self.news.set()
 
     # -- the HTTP side ---------------------------------------------------------------------
 
@@ -113,8 +118,12 @@ class Call:
         Waits until there is something. Raises ApiError or ClientLeft where the request ended so.
         """
         while not self._pieces and not self.ended:
-            self._news.clear()
-            await self._news.wait()
+            self.news.clear()
+            await self.news.wait()
+        return self.take()
+
+    def take(self) -> list[Piece]:
+        """As `read`, but at once; also [] where there is nothing now."""
         if isinstance(self._cause, ClientLeft):
             raise self._cause
         if self._pieces:

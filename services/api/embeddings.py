@@ -91,7 +91,7 @@ async def respond_embeddings(
 
     ``receive`` tells when the client goes away.
     """
-    watching = asyncio.create_task(watch(receive, relay, call))
+    watching = asyncio.create_task(watch(receive, lambda: relay.client_left(call)))
     try:
         while await call.read():
             pass  # there is no text

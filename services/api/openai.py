@@ -4,6 +4,7 @@ Requests list the fields that are implemented; `services.api.fields` knows the o
 Every optional request field may be null, since clients send their defaults that way.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import msgspec
@@ -61,6 +62,20 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     repetition_penalty: float | None = None
     stop_token_ids: list[int] | None = None
     logit_bias: dict[str, float] | None = None  # token id, as JSON keys are, -> bias
+    n: int | None = None  # choices for each prompt
+    echo: bool | None = None
+    # vLLM's
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    cache_salt: str | None = None
+    request_id: str | None = None  # part of the answer's id
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None  # in log probabilities
 
 
 class ChatCompletionRequest(SamplingFields, kw_only=True):
@@ -70,13 +85,21 @@ class ChatCompletionRequest(SamplingFields, kw_only=True):
     max_completion_tokens: int | None = None  # the newer name of max_tokens; wins over it
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
 
 
 class CompletionRequest(SamplingFields, kw_only=True):
-    """``POST /v1/completions``. ``prompt``: text, token ids, or a list with one of these."""
+    """``POST /v1/completions``. ``prompt``: text, token ids, or a list of either kind."""
 
     prompt: str | list[str | int | list[int]]
     logprobs: bool | int | None = None  # how many alternatives; of the booleans false only
+    best_of: int | None = None  # n, since all that were generated are told
 
 
 class EmbeddingRequest(msgspec.Struct):
@@ -91,10 +114,19 @@ class EmbeddingRequest(msgspec.Struct):
 # -- responses -----------------------------------------------------------------------------
 
 
+class PromptTokensDetails(msgspec.Struct):
+    """``cached_tokens``: what an earlier request had computed already."""
+
+    cached_tokens: int
+
+
 class Usage(msgspec.Struct):
+    """Each prompt counts once, however many choices it has."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | UnsetType = UNSET
 
 
 class TopLogprob(msgspec.Struct):
@@ -139,6 +171,7 @@ class ChatChoice(msgspec.Struct):
     finish_reason: WireFinishReason
     index: int = 0
     logprobs: ChatLogprobs | None = None
+    token_ids: Sequence[int] | UnsetType = UNSET  # with return_token_ids
 
 
 class ChatCompletion(msgspec.Struct):
@@ -148,6 +181,7 @@ class ChatCompletion(msgspec.Struct):
     choices: list[ChatChoice]
     usage: Usage
     object: Literal["chat.completion"] = "chat.completion"
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET  # with return_token_ids
 
 
 class TextChoice(msgspec.Struct):
@@ -155,6 +189,8 @@ class TextChoice(msgspec.Struct):
     finish_reason: WireFinishReason | None = None
     index: int = 0
     logprobs: TextLogprobs | None = None
+    token_ids: Sequence[int] | UnsetType = UNSET  # with return_token_ids
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET  # likewise; in a stream once
 
 
 class Completion(msgspec.Struct):
@@ -178,6 +214,7 @@ class ChatChunkChoice(msgspec.Struct):
     finish_reason: WireFinishReason | None = None
     index: int = 0
     logprobs: ChatLogprobs | None = None
+    token_ids: Sequence[int] | UnsetType = UNSET  # with return_token_ids
 
 
 class ChatCompletionChunk(msgspec.Struct):
@@ -189,6 +226,7 @@ class ChatCompletionChunk(msgspec.Struct):
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET  # with return_token_ids; the first only
 
 
 class Embedding(msgspec.Struct):

@@ -215,5 +215,5 @@ def _add_known_fields(schema: Json, endpoint: Endpoint) -> None:
             "enum": [*neutral, None],
             "description": "Not implemented: other values are refused.",
         }
-    for name in sorted(fields.HARMLESS):
+    for name in sorted(fields.harmless(endpoint)):
         properties[name] = {"description": "Accepted; changes nothing."}

@@ -10,7 +10,8 @@ open until exactly one of these ends it:
     5. model failed      | taken back: withdrawn from the queue, cancelled at the agent, and
     6. reader too slow   | RequestWithdrawn where no agent had started it (else the agent
     7. runs diverged     | publishes RequestEnded)
-    8. shutdown          +
+    8. shutdown          |
+    9. choice failed     +
 
 A restarted NATS server has lost its memory stream, so after every reconnect all open requests
 are queued again under their ids; the queue drops those that it still has. Chunks can be lost
@@ -50,7 +51,9 @@ from services.bus.connection import Hook, RawMessage
 
 log = logging.getLogger(__name__)
 
-WithdrawReason: TypeAlias = Literal["client_left", "deadline", "model_failed", "shutdown"]
+WithdrawReason: TypeAlias = Literal[
+    "client_left", "deadline", "model_failed", "shutdown", "choice_failed"
+]
 
 MAX_RUNS = 4  # then an error is the better answer
 _RETRY_S = 0.5
@@ -72,7 +75,7 @@ class Relay:
         self._retry_after_s = retry_after_s
         self._queue = WorkQueue(bus)
         self._timeout_s = timeout_s
-        self._max_queued = max_queued_per_model
+        self.max_queued = max_queued_per_model
         self._calls: dict[str, Call] = {}
         self._leaving: dict[str, Call] = {}  # being taken back right now
         self._given_up: dict[str, str] = {}  # request id -> model, oldest first
@@ -159,7 +162,7 @@ class Relay:
             if not call.ended:
                 self._drop(call, error)
             retry_after_s = self._retry_after_s(model)
-            raise errors.queue_full(model, self._max_queued, retry_after_s) from error
+            raise errors.queue_full(model, self.max_queued, retry_after_s) from error
         except BusError as error:
             log.warning("request %s for %s was not queued: %s", request_id, model, error)
             # It may have been stored all the same, only the answer was lost: take it back.
@@ -173,6 +176,10 @@ class Relay:
     def client_left(self, call: Call) -> None:
         """The HTTP client is gone; safe to call at any time (way 3)."""
         self._give_up(call, ClientLeft(), "client_left")
+
+    def choice_failed(self, call: Call) -> None:
+        """Its answer has come to an error elsewhere: nobody reads this part of it (way 9)."""
+        self._give_up(call, ClientLeft(), "choice_failed")
 
     def model_failed(self, model: str, reason: str) -> None:
         """End what waits for ``model`` and has not been started (way 5)."""
@@ -306,7 +313,7 @@ class Relay:
         self._give_up(call, error, "deadline")
 
     def _give_up(self, call: Call, cause: Exception, reason: WithdrawReason | None) -> None:
-        """Ways 3 to 8: end ``call`` from this side. Does nothing where it has ended already."""
+        """Ways 3 to 9: end ``call`` from this side. Does nothing where it has ended already."""
         if call.ended:
             return
         self._drop(call, cause)

@@ -20,7 +20,7 @@ import msgspec
 
 from schemas.requests import Request
 from schemas.state import ModelFacts, ModelSpec, SwapTrace
-from schemas.stream import ErrorCode, FinishReason, TokenLogprobs
+from schemas.stream import ErrorCode, FinishReason, PromptTold, TokenLogprobs
 
 MAX_FRAME_BYTES = 64 * 2**20
 
@@ -191,6 +191,7 @@ class Produced(msgspec.Struct, frozen=True, omit_defaults=True, tag=True):
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprobs, ...] = ()  # of each of token_ids, where the request asks
+    prompt: PromptTold | None = None  # where index is 0
 
 
 class Embedded(msgspec.Struct, frozen=True, tag=True):
@@ -210,6 +211,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     prefill_s: float
     decode_s: float
     text: str = ""
+    cached_tokens: int = 0
 
 
 class Broke(msgspec.Struct, frozen=True, tag=True):

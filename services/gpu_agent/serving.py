@@ -177,6 +177,7 @@ class Serving:
                 message.token_ids,
                 message.text,
                 message.logprobs,
+                message.prompt,
             )
             await self._telling.publish(flight.request, chunk)
 

@@ -119,6 +119,7 @@ class Telling:
             done.completion_tokens,
             timing,
             done.text,
+            done.cached_tokens,
         )
 
     def span(self, flight: InFlight, name: str, start: float, end: float) -> None:

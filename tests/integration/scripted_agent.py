@@ -25,6 +25,7 @@ from schemas.stream import (
     Failed,
     Finished,
     FinishReason,
+    PromptTold,
     RequestTiming,
     Started,
     StartKind,
@@ -152,8 +153,9 @@ class ScriptedAgent:
         index: int = 0,
         first_id: int = 100,
         logprobs: Sequence[TokenLogprobs] = (),
+        prompt: PromptTold | None = None,
     ) -> None:
-        """One chunk per text; token ids follow from the position."""
+        """One chunk per text; token ids follow from the position. The first tells ``prompt``."""
         for i, text in enumerate(texts, start=index):
             chunk = Tokens(
                 to.request.request_id,
@@ -162,11 +164,17 @@ class ScriptedAgent:
                 (first_id + i,),
                 text,
                 tuple(logprobs[i - index : i - index + 1]),
+                prompt if i == 0 else None,
             )
             await self.bus.publish(to.request.reply_to, chunk)
 
     async def finished(
-        self, to: Delivery, num_tokens: int, reason: FinishReason = "stop", text: str = ""
+        self,
+        to: Delivery,
+        num_tokens: int,
+        reason: FinishReason = "stop",
+        text: str = "",
+        cached_tokens: int = 0,
     ) -> None:
         chunk = Finished(
             request_id=to.request.request_id,
@@ -176,6 +184,7 @@ class ScriptedAgent:
             completion_tokens=num_tokens,
             timing=RequestTiming(),
             text=text,
+            cached_tokens=cached_tokens,
         )
         await self.bus.publish(to.request.reply_to, chunk)
         await to.ack()

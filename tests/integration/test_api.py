@@ -106,7 +106,12 @@ async def test_stream_has_openais_exact_form(stack: Stack) -> None:
         head
         | {
             "choices": [],
-            "usage": {"prompt_tokens": 7, "completion_tokens": 1, "total_tokens": 8},
+            "usage": {
+                "prompt_tokens": 7,
+                "completion_tokens": 1,
+                "total_tokens": 8,
+                "prompt_tokens_details": {"cached_tokens": 0},
+            },
         },
     ]
 

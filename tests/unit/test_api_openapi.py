@@ -30,7 +30,7 @@ def test_references_lead_somewhere() -> None:
     assert names <= set(document["components"]["schemas"])
     chat = document["components"]["schemas"]["ChatCompletionRequest"]
     assert set(chat["required"]) == {"model", "messages"}
-    assert chat["properties"]["n"]["enum"] == [1, None]
+    assert chat["properties"]["store"]["enum"] == [False, None]
 
 
 def test_the_page_works_offline() -> None:

@@ -7,8 +7,8 @@ logits themselves differ by rounding, about 1e-6, between batch shapes, as in an
 What happens to a row's logits, in the order of transformers' ``generate`` (and of vLLM, but for
 min_p, which vLLM applies before top_k):
 
-    raw ─> bias ─> repetition ─> presence, frequency ─> hold back ends (min_tokens)
-     │       ─> argmax, where greedy
+    raw ─> bias ─> allowed ─> bad words ─> repetition ─> presence, frequency
+     │       ─> hold back ends (min_tokens) ─> argmax, where greedy
      │       ─> temperature ─> top_k ─> top_p ─> min_p ─> draw
      `─> log_softmax: the log probabilities that are told, OpenAI's and vLLM's default
 
@@ -70,7 +70,11 @@ def check(params: SamplingParams, vocab_size: int) -> None:
             raise InvalidSampling(
                 f"logit_bias of token {token_id} = {bias} must be between {low} and {high}"
             )
-    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+    for name, ids in (
+        ("logit_bias", params.logit_bias),
+        ("stop_token_ids", params.stop_token_ids),
+        ("allowed_token_ids", params.allowed_token_ids),
+    ):
         wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
         if wrong is not None:
             raise InvalidSampling(
@@ -86,7 +90,11 @@ class Sampler:
     """
 
     def __init__(
-        self, params: SamplingParams, end_ids: Collection[int], prompt_ids: Sequence[int] = ()
+        self,
+        params: SamplingParams,
+        end_ids: Collection[int],
+        prompt_ids: Sequence[int] = (),
+        bad_words: Sequence[Sequence[int]] = (),
     ) -> None:
         self.num_logprobs: Final = params.logprobs
         self._num_chosen = 0
@@ -95,10 +103,16 @@ class Sampler:
         self._hold_back: Any = SuppressTokensLogitsProcessor(ends) if self._min_tokens else None
         self._seen: _Seen | None = None
         self._penalties: CountPenalties | None = None
+        self._bad_words: BadWords | None = None
         self._processors: list[Any] = []
         if params.logit_bias:
             bias = {(token_id,): float(value) for token_id, value in params.logit_bias.items()}
             self._processors.append(SequenceBiasLogitsProcessor(bias))
+        if params.allowed_token_ids:
+            self._processors.append(AllowedTokens(params.allowed_token_ids))
+        if bad_words:
+            self._bad_words = BadWords(bad_words)
+            self._processors.append(self._bad_words)
         if params.repetition_penalty != 1.0:
             self._seen = _Seen(prompt_ids)
             penalty = float(params.repetition_penalty)
@@ -150,6 +164,8 @@ class Sampler:
             self._seen.add(token_id)
         if self._penalties:
             self._penalties.count(token_id)
+        if self._bad_words:
+            self._bad_words.count(token_id)
 
 
 def _warpers(params: SamplingParams) -> list[Any]:
@@ -185,6 +201,45 @@ class CountPenalties:
             self._counts = scores.new_zeros(scores.shape[-1])
         counts = self._counts
         return scores - self._frequency * counts - self._presence * (counts > 0)
+
+
+class AllowedTokens:
+    """Nothing but these is chosen."""
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        self._ids = torch.tensor(sorted(set(token_ids)), dtype=torch.int64)
+
+    def __call__(self, _: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        masked = torch.full_like(scores, -math.inf)
+        masked[:, self._ids] = scores[:, self._ids]
+        return masked
+
+
+class BadWords:
+    """The last token of each of ``words`` is not chosen where the others were just generated.
+
+    transformers' processor for this reads the prompt, too; vLLM's and this one do not.
+    """
+
+    def __init__(self, words: Sequence[Sequence[int]]) -> None:
+        self._words = [(list(word[:-1]), word[-1]) for word in words]
+        self._longest = max(len(before) for before, _ in self._words)
+        self._recent: list[int] = []  # generated tokens, as many as can matter
+
+    def count(self, token_id: int) -> None:
+        if self._longest:
+            self._recent = [*self._recent, token_id][-self._longest :]
+
+    def __call__(self, _: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        recent = self._recent
+        last_ids = [
+            last for before, last in self._words if not before or recent[-len(before) :] == before
+        ]
+        if not last_ids:
+            return scores
+        scores = scores.clone()
+        scores[:, last_ids] = -math.inf
+        return scores
 
 
 class _Seen:
