@@ -89,6 +89,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag="hotswap.request.v1.gener
     created_at: float  # unix seconds, when the api admitted it
     deadline_at: float  # unix seconds; after this nobody waits for the answer
     tenant: str = ""
+    # The first tokens of the answer, where an earlier run gave them: the rest is wanted.
+    prefix_token_ids: tuple[int, ...] = ()
+    may_have_run: bool = False  # some agent may have it already: ask the api before it is run
 
 
 class EmbedRequest(msgspec.Struct, frozen=True, tag="hotswap.request.v1.embed"):
@@ -106,6 +109,7 @@ class EmbedRequest(msgspec.Struct, frozen=True, tag="hotswap.request.v1.embed"):
     deadline_at: float  # unix seconds; after this nobody waits for the answer
     dimensions: int | None = None  # None: all; fewer are the first ones, normalised again
     tenant: str = ""
+    may_have_run: bool = False  # as in GenerateRequest
 
 
 Request: TypeAlias = GenerateRequest | EmbedRequest
