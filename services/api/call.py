@@ -37,7 +37,10 @@ class Call:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.started: Started | None = None
+        self.started: Started | None = None  # the newest one: where it is now
+        self.first_started: Started | None = None  # how it began
+        self.waited_s = 0.0  # until then
+        self.num_resumed = 0  # how often another agent, or the same one anew, went on with it
         self.finished: Finished | None = None
         self.answer = Answer()
         # Of a request for embeddings: they come as one, there is nothing to `read` before the end.
@@ -83,7 +86,19 @@ class Call:
         num_tokens = len(self.answer.token_ids)
         return f"running on gpu {self.started.gpu!r} with {num_tokens} tokens done"
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether an agent has said that it works on the newest run."""
+        return self.started is not None and self.started.request_id == self.newest_run
+
     # -- the relay's side ------------------------------------------------------------------
+
+    def start(self, started: Started) -> None:
+        """An agent has begun with it, or goes on with it."""
+        self.started = started
+        if self.first_started is None:
+            self.first_started = started
+            self.waited_s = max(0.0, time.time() - self.request.created_at)
 
     def push(self, piece: Piece, num_tokens: int) -> ApiError | None:
         """Add a piece for the reader. An error where it is too far behind."""
@@ -129,9 +144,9 @@ class Background:
     """What is done for calls beside their HTTP requests."""
 
     def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
-    def run(self, call: Call, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def run(self, call: Call, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Start ``work``, in the trace of ``call``."""
         task = asyncio.create_task(work, context=call.context.copy())
         self._tasks.add(task)
@@ -143,7 +158,7 @@ class Background:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
 
-    def _on_done(self, task: asyncio.Task[None]) -> None:
+    def _on_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             if isinstance(error, BusError):  # whoever waits for the task answers it

@@ -38,7 +38,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
 class Run:
     """One run to its end: what came out, in how many steps, and tokens put through the model."""
 
-    def __init__(self, module: Any, asked: GenerateRequest, prefix: list[int] | None = None) -> None:
+    def __init__(
+        self, module: Any, asked: GenerateRequest, prefix: list[int] | None = None
+    ) -> None:
         batch = make_batch(module, text=model_text(eos_ids=(7, 60, 130)))
         asked = msgspec.structs.replace(asked, prefix_token_ids=tuple(prefix or ()))
         self.out: list[FromWorker] = batch.submit(asked)

@@ -115,7 +115,7 @@ class Row:
         return out
 
     def _append(self, token_id: int) -> tuple[str, tuple[FinishReason, str] | None]:
-        """(text that the token adds, where it is the last one the reason and the rest of the text)."""
+        """The text that the token adds; where it is the last one, also why and the rest of it."""
         self.ids.append(token_id)
         may_stop = self.num_new >= self.request.sampling.min_tokens
         is_end = token_id in self.end_ids
