@@ -17,6 +17,7 @@ from services.api.embeddings import parse_embeddings, respond_embeddings
 from services.api.errors import ApiError
 from services.api.openai import ModelList
 from services.api.parsing import Parsed, parse_chat, parse_completion
+from services.api.progress import Progress
 from services.api.relay import Relay
 from services.api.respond import respond
 from services.api.tenants import tenant_of
@@ -31,8 +32,16 @@ HttpRequest = Request[Any, Any, State]
 _ENVELOPE_BYTES = 16 * 1024
 
 
-def build(bus: Bus, catalog: Catalog, relay: Relay, max_body_bytes: int) -> ASGIApp:
-    """The ASGI application over a connected bus, a started catalog and a started relay."""
+def build(
+    bus: Bus,
+    catalog: Catalog,
+    relay: Relay,
+    progress: Progress,
+    *,
+    max_body_bytes: int,
+    progress_after_s: float,
+) -> ASGIApp:
+    """The ASGI application over a connected bus, and what was started over it."""
     app = Litestar(
         route_handlers=[
             chat_completions,
@@ -49,7 +58,15 @@ def build(bus: Bus, catalog: Catalog, relay: Relay, max_body_bytes: int) -> ASGI
         openapi_config=None,  # ours is made from the wire structs, see services.api.openapi
         logging_config=None,
         request_max_body_size=min(max_body_bytes, bus.max_payload - _ENVELOPE_BYTES),
-        state=State({"bus": bus, "catalog": catalog, "relay": relay}),
+        state=State(
+            {
+                "bus": bus,
+                "catalog": catalog,
+                "relay": relay,
+                "progress": progress,
+                "progress_after_s": progress_after_s,
+            }
+        ),
     )
     return Traced(app)
 
@@ -100,7 +117,8 @@ async def _generate(request: HttpRequest, state: State, parsed: Parsed) -> ASGIA
     tenant = tenant_of(request.headers.get("authorization"))
     what = (parsed.model, parsed.prompt, parsed.sampling)
     call = await relay.open(request_id, *what, tenant=tenant)
-    return await respond(parsed, call, relay, request.receive)
+    waiting = (state.progress, state.progress_after_s)
+    return await respond(parsed, call, relay, request.receive, *waiting)
 
 
 # -- models --------------------------------------------------------------------------------

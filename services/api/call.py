@@ -122,6 +122,17 @@ class Call:
 
     # -- the HTTP side ---------------------------------------------------------------------
 
+    async def has_news(self, within_s: float) -> bool:
+        """Whether `read` has something to say at once, now or ``within_s`` seconds from now."""
+        if not self._pieces and not self.ended:
+            self._news.clear()
+            try:
+                async with asyncio.timeout(within_s):
+                    await self._news.wait()
+            except TimeoutError:
+                return False
+        return True
+
     async def read(self) -> list[Piece]:
         """The pieces that came since the last call; [] once the answer is complete.
 

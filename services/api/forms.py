@@ -6,7 +6,7 @@ Pure: pieces and the finished run in, bytes out. `respond` waits and sends.
 from collections.abc import Iterator
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from schemas.stream import Finished
 from services.api import logprobs, openai
@@ -14,6 +14,7 @@ from services.api.answer import Piece
 from services.api.call import Call
 from services.api.openai import WireFinishReason
 from services.api.parsing import Parsed
+from services.api.served import served
 
 _encode = msgspec.json.Encoder().encode
 
@@ -36,6 +37,10 @@ def _usage(finished: Finished) -> openai.Usage:
     return openai.Usage(prompt, completion, prompt + completion)
 
 
+def served_of(call: Call) -> openai.Served | UnsetType:
+    return served(call) or UNSET
+
+
 def _answer_id(parsed: Parsed, call: Call) -> str:
     return ("chatcmpl-" if parsed.endpoint == "chat" else "cmpl-") + call.request_id
 
@@ -49,15 +54,18 @@ def whole(parsed: Parsed, call: Call, pieces: list[Piece], finished: Finished) -
         chat = openai.ChatChoice(
             openai.AnswerMessage(text), _reason(finished), logprobs=logprobs.of_chat(told)
         )
-        return _encode(openai.ChatCompletion(*head, [chat], _usage(finished)))
+        return _encode(
+            openai.ChatCompletion(*head, [chat], _usage(finished), hotswap=served_of(call))
+        )
     choice = openai.TextChoice(text, _reason(finished), logprobs=logprobs.of_text(told))
-    return _encode(openai.Completion(*head, [choice], _usage(finished)))
+    return _encode(openai.Completion(*head, [choice], _usage(finished), hotswap=served_of(call)))
 
 
 class _ChatChunks:
     """The events of a chat stream: the role, the texts, the finish reason, the usage if wanted."""
 
     def __init__(self, parsed: Parsed, call: Call) -> None:
+        self._call = call
         self._id = _answer_id(parsed, call)
         self._created = int(call.request.created_at)
         self._model = parsed.model
@@ -75,7 +83,12 @@ class _ChatChunks:
         if self._wants_usage:
             yield _event(
                 openai.ChatCompletionChunk(
-                    self._id, self._created, self._model, [], _usage(finished)
+                    self._id,
+                    self._created,
+                    self._model,
+                    [],
+                    _usage(finished),
+                    hotswap=served_of(self._call),
                 )
             )
 
@@ -106,7 +119,14 @@ class _TextChunks(_ChatChunks):
         yield self._text_chunk("", _reason(finished))
         if self._wants_usage:
             yield _event(
-                openai.Completion(self._id, self._created, self._model, [], _usage(finished))
+                openai.Completion(
+                    self._id,
+                    self._created,
+                    self._model,
+                    [],
+                    _usage(finished),
+                    hotswap=served_of(self._call),
+                )
             )
 
     def _text_chunk(

@@ -10,6 +10,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from schemas.state import ReplicaState
+from schemas.stream import StartKind
 
 Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
 WireFinishReason: TypeAlias = Literal["stop", "length"]
@@ -97,6 +98,21 @@ class Usage(msgspec.Struct):
     total_tokens: int
 
 
+class Served(msgspec.Struct, omit_defaults=True):
+    """What this server adds beside ``usage``: how the request came to its model.
+
+    ``waited_s``: from its admission until the model was there and began with it. ``swap_*``: the
+    swap-in that it waited for, if any. ``num_resumed``: how often its agent died and it went on.
+    """
+
+    start: StartKind
+    gpu: str
+    waited_s: float
+    swap_s: float | None = None
+    swap_bytes: int | None = None
+    num_resumed: int = 0
+
+
 class TopLogprob(msgspec.Struct):
     """A token that could have come. ``bytes`` of one token may be part of a character only."""
 
@@ -148,6 +164,7 @@ class ChatCompletion(msgspec.Struct):
     choices: list[ChatChoice]
     usage: Usage
     object: Literal["chat.completion"] = "chat.completion"
+    hotswap: Served | UnsetType = UNSET
 
 
 class TextChoice(msgspec.Struct):
@@ -166,6 +183,7 @@ class Completion(msgspec.Struct):
     choices: list[TextChoice]
     usage: Usage | UnsetType | None = UNSET
     object: Literal["text_completion"] = "text_completion"
+    hotswap: Served | UnsetType = UNSET  # with the usage
 
 
 class Delta(msgspec.Struct, omit_defaults=True):
@@ -189,6 +207,7 @@ class ChatCompletionChunk(msgspec.Struct):
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    hotswap: Served | UnsetType = UNSET  # with the usage
 
 
 class Embedding(msgspec.Struct):
@@ -211,6 +230,7 @@ class EmbeddingList(msgspec.Struct):
     model: str
     usage: EmbeddingUsage
     object: Literal["list"] = "list"
+    hotswap: Served | UnsetType = UNSET
 
 
 class HotswapInfo(msgspec.Struct):

@@ -1,7 +1,8 @@
 """A call's answer as an HTTP response: one JSON object, or server-sent events.
 
 Nothing is sent before the first token or the end: until then an error still gets its real
-status. A stream that breaks later ends with one `data: {"error": ...}` event.
+status. But a stream that waits for long begins all the same, with comments about its wait
+(`services.api.progress`). One that breaks later ends with one `data: {"error": ...}` event.
 """
 
 import asyncio
@@ -18,20 +19,29 @@ from schemas.stream import Finished
 from services.api.answer import Piece
 from services.api.call import Call, ClientLeft
 from services.api.errors import ApiError
-from services.api.fields import ignored_header
 from services.api.forms import chunks_of, event_bytes, whole
 from services.api.parsing import Parsed
+from services.api.progress import EVERY_S, QUIET_S, Progress, comment
 from services.api.relay import Relay
+from services.api.served import answer_headers, served
 
 log = logging.getLogger(__name__)
 
 _DONE = b"data: [DONE]\n\n"
 
 
-async def respond(parsed: Parsed, call: Call, relay: Relay, receive: Receive) -> ASGIResponse:
+async def respond(
+    parsed: Parsed,
+    call: Call,
+    relay: Relay,
+    receive: Receive,
+    progress: Progress,
+    progress_after_s: float,
+) -> ASGIResponse:
     """Wait for the first token or the end, and answer from there. Raises ApiError.
 
-    ``receive`` tells when the client goes away, from here to the end of the response.
+    ``receive`` tells when the client goes away, from here to the end of the response. A stream
+    begins after ``progress_after_s`` at the latest, and says why nothing comes; 0: it does not.
     """
     watching = asyncio.create_task(watch(receive, relay, call))
 
@@ -40,9 +50,11 @@ async def respond(parsed: Parsed, call: Call, relay: Relay, receive: Receive) ->
         relay.client_left(call)  # nothing, where the call has ended
 
     try:
+        if parsed.stream and progress_after_s and not await call.has_news(progress_after_s):
+            return EventStream(parsed, call, None, close, progress)
         pieces = await call.read()
         if parsed.stream:
-            return EventStream(parsed, call, pieces, close)
+            return EventStream(parsed, call, pieces, close, progress if progress_after_s else None)
         while more := await call.read():
             pieces += more
     except ClientLeft:
@@ -65,25 +77,20 @@ async def watch(receive: Receive, relay: Relay, call: Call) -> None:
     relay.client_left(call)
 
 
-def answer_headers(ignored: list[str], call: Call) -> dict[str, str]:
-    """What this server adds: how the request was started, and what a swap cost."""
-    headers = ignored_header(ignored)
-    if started := call.started:
-        headers["x-hotswap-start"] = started.start
-        headers["x-hotswap-gpu"] = started.gpu
-        if started.swap:
-            headers["x-hotswap-swap-bytes"] = str(started.swap.num_bytes)
-            headers["x-hotswap-swap-seconds"] = f"{started.swap.total_s:.6f}"
-    return headers
-
-
 class EventStream(ASGIResponse):
-    """The answer as server-sent events. ``first``: the pieces read already."""
+    """The answer as server-sent events. ``first``: the pieces read already; None: there are none
+    yet. ``progress``: for comments while nothing comes; None: there are to be none.
+    """
 
     _should_set_content_length = False
 
     def __init__(
-        self, parsed: Parsed, call: Call, first: list[Piece], close: Callable[[], None]
+        self,
+        parsed: Parsed,
+        call: Call,
+        first: list[Piece] | None,
+        close: Callable[[], None],
+        progress: Progress | None,
     ) -> None:
         headers = answer_headers(parsed.ignored, call)
         headers |= {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -92,18 +99,22 @@ class EventStream(ASGIResponse):
         self._call = call
         self._first = first
         self._close = close
+        self._progress = progress
 
     async def send_body(self, send: Send, receive: Receive) -> None:
         chunks = chunks_of(self._parsed, self._call)
         try:
-            await _send(send, b"".join(chunks.opening()))
             pieces = self._first
+            if pieces is None:
+                pieces = await self._next(send, 0, EVERY_S)
+            await _send(send, b"".join(chunks.opening()))
             while pieces:
                 # One event per token, but one write for all that came in the meantime.
                 told = (piece for piece in pieces if piece.text or piece.logprobs)
                 await _send(send, b"".join(chunks.piece(piece) for piece in told))
-                pieces = await self._call.read()
-            await _send(send, b"".join(chunks.closing(_finished(self._call))) + _DONE)
+                pieces = await self._next(send, QUIET_S, EVERY_S)
+            last = b"".join(chunks.closing(_finished(self._call)))
+            await _send(send, last + self._last_comment() + _DONE)
         except ApiError as error:
             log.error("request %s broke in mid-stream: %s", self._call.request_id, error)
             trace.get_current_span().set_status(Status(StatusCode.ERROR, str(error)))
@@ -112,6 +123,20 @@ class EventStream(ASGIResponse):
         except ClientLeft:
             log.info("request %s: the client left", self._call.request_id)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _next(self, send: Send, quiet_s: float, every_s: float) -> list[Piece]:
+        """What comes next; until then comments, after ``quiet_s`` one each ``every_s`` seconds."""
+        if self._progress:
+            within_s = quiet_s
+            while not await self._call.has_news(within_s):
+                await _send(send, comment(self._progress.of(self._call)))
+                within_s = every_s
+        return await self._call.read()
+
+    def _last_comment(self) -> bytes:
+        """How it was served, where neither the headers nor a last chunk could tell."""
+        told = served(self._call) if self._first is None else None
+        return comment(told) if told and not self._parsed.include_usage else b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -71,13 +71,16 @@ class Stack:
 
 
 @contextlib.asynccontextmanager
-async def running_stack(nats: NatsServer, timeout_s: float) -> AsyncIterator[Stack]:
+async def running_stack(
+    nats: NatsServer, timeout_s: float, progress_after_s: float = 0.0
+) -> AsyncIterator[Stack]:
     port = free_port(0)
     api = ApiSettings(
         port=port,
         request_timeout_s=timeout_s,
         max_queued_per_model=MAX_QUEUED,
         max_body_bytes=100_000,
+        progress_after_s=progress_after_s,
     )
     stack = Stack(nats, f"http://127.0.0.1:{port}")
     buses = {

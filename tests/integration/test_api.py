@@ -91,6 +91,7 @@ async def test_stream_has_openais_exact_form(stack: Stack) -> None:
     assert answer.headers["content-type"].startswith("text/event-stream")
     *chunks, done = events_of(answer.text)
     assert done == "[DONE]"
+    waited_s = chunks[-1]["hotswap"]["waited_s"]
     head = {
         "id": f"chatcmpl-{delivery.request.request_id}",
         "object": "chat.completion.chunk",
@@ -107,8 +108,10 @@ async def test_stream_has_openais_exact_form(stack: Stack) -> None:
         | {
             "choices": [],
             "usage": {"prompt_tokens": 7, "completion_tokens": 1, "total_tokens": 8},
+            "hotswap": {"start": "warm", "gpu": "gpu0", "waited_s": waited_s},
         },
     ]
+    assert float(answer.headers["x-hotswap-wait-seconds"]) == waited_s
 
 
 async def test_whole_completion(stack: Stack) -> None:
