@@ -21,6 +21,7 @@ from services.api.progress import Progress
 from services.api.relay import Relay
 from services.api.respond import respond
 from services.api.tenants import tenant_of
+from services.api.timeouts import TIMEOUT_HEADER, timeout_of
 from services.api.tracing import Traced, request_id_of
 from services.bus import Bus
 from services.telemetry import ATTR_MODEL
@@ -97,7 +98,8 @@ async def embeddings(request: HttpRequest, state: State) -> ASGIApp:
     request_id = request_id_of(request.scope)
     tenant = tenant_of(request.headers.get("authorization"))
     what = (parsed.model, parsed.inputs, parsed.dimensions)
-    call = await relay.open_embed(request_id, *what, tenant=tenant)
+    timeout_s = timeout_of(request.headers.get(TIMEOUT_HEADER), parsed.timeout_s)
+    call = await relay.open_embed(request_id, *what, tenant=tenant, timeout_s=timeout_s)
     return await respond_embeddings(parsed, call, relay, request.receive)
 
 
@@ -116,7 +118,8 @@ async def _generate(request: HttpRequest, state: State, parsed: Parsed) -> ASGIA
     request_id = request_id_of(request.scope)
     tenant = tenant_of(request.headers.get("authorization"))
     what = (parsed.model, parsed.prompt, parsed.sampling)
-    call = await relay.open(request_id, *what, tenant=tenant)
+    timeout_s = timeout_of(request.headers.get(TIMEOUT_HEADER), parsed.timeout_s)
+    call = await relay.open(request_id, *what, tenant=tenant, timeout_s=timeout_s)
     waiting = (state.progress, state.progress_after_s)
     return await respond(parsed, call, relay, request.receive, *waiting)
 

@@ -70,6 +70,11 @@ class Call:
         return "messages" if isinstance(self.request.prompt, ChatPrompt) else "prompt"
 
     @property
+    def timeout_s(self) -> float:
+        """From its admission to its end."""
+        return self.request.deadline_at - self.request.created_at
+
+    @property
     def ended(self) -> bool:
         return self.finished is not None or self._cause is not None
 

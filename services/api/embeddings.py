@@ -37,6 +37,7 @@ class ParsedEmbeddings:
     dimensions: int | None
     encoding: Literal["float", "base64"]
     ignored: list[str]
+    timeout_s: float | None = None  # as the body says
 
 
 def parse_embeddings(body: bytes) -> ParsedEmbeddings:
@@ -53,6 +54,7 @@ def parse_embeddings(body: bytes) -> ParsedEmbeddings:
         dimensions=request.dimensions,
         encoding=request.encoding_format or "float",
         ignored=fields.ignored(raw, "embedding", request.__struct_fields__),
+        timeout_s=request.timeout,
     )
 
 

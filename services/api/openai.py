@@ -62,6 +62,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     repetition_penalty: float | None = None
     stop_token_ids: list[int] | None = None
     logit_bias: dict[str, float] | None = None  # token id, as JSON keys are, -> bias
+    timeout: float | None = None  # seconds for the whole answer, then 504
 
 
 class ChatCompletionRequest(SamplingFields, kw_only=True):
@@ -87,6 +88,7 @@ class EmbeddingRequest(msgspec.Struct):
     input: str | list[str | int | list[int]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None  # the first so many of each vector, normalised again
+    timeout: float | None = None  # seconds for the whole answer, then 504
 
 
 # -- responses -----------------------------------------------------------------------------

@@ -51,6 +51,7 @@ class Parsed:
     stream: bool
     include_usage: bool
     ignored: list[str]
+    timeout_s: float | None = None  # as the body says
 
 
 def parse_chat(body: bytes) -> Parsed:
@@ -101,6 +102,7 @@ def _parsed(
         stream=bool(request.stream),
         include_usage=bool(options and options.include_usage),
         ignored=fields.ignored(raw, endpoint, request.__struct_fields__),
+        timeout_s=request.timeout,
     )
 
 

@@ -60,6 +60,7 @@ from services.bus.connection import Hook, RawMessage
 log = logging.getLogger(__name__)
 
 MAX_RUNS = 4  # then an error is the better answer
+TIMEOUT_SETTING = "api.request_timeout_s"
 _RETRY_S = 0.5
 
 
@@ -101,8 +102,12 @@ class Relay:
         sampling: SamplingParams,
         *,
         tenant: str = "",
+        timeout_s: float | None = None,
     ) -> Call:
-        """Queue a request. Raises ApiError where it can not be queued."""
+        """Queue a request. Raises ApiError where it can not be queued.
+
+        ``timeout_s``: where the client waits no longer than that for the whole answer.
+        """
         now = time.time()
         return await self._open(
             GenerateRequest(
@@ -113,7 +118,7 @@ class Relay:
                 sampling=sampling,
                 reply_to=f"{self._bus.inbox}.r.{request_id}",
                 created_at=now,
-                deadline_at=now + self._timeout_s,
+                deadline_at=now + self._bound(timeout_s),
                 tenant=tenant,
             )
         )
@@ -126,6 +131,7 @@ class Relay:
         dimensions: int | None,
         *,
         tenant: str = "",
+        timeout_s: float | None = None,
     ) -> Call:
         """Queue a request for embeddings. Raises ApiError where it can not be queued."""
         now = time.time()
@@ -137,11 +143,14 @@ class Relay:
                 inputs=inputs,
                 reply_to=f"{self._bus.inbox}.r.{request_id}",
                 created_at=now,
-                deadline_at=now + self._timeout_s,
+                deadline_at=now + self._bound(timeout_s),
                 dimensions=dimensions,
                 tenant=tenant,
             )
         )
+
+    def _bound(self, timeout_s: float | None) -> float:
+        return self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
 
     async def _open(self, request: Request) -> Call:
         if self._closing:
@@ -153,7 +162,7 @@ class Relay:
         self._calls[request_id] = call
         self._idle.clear()
         loop = asyncio.get_running_loop()
-        call.timer = loop.call_later(self._timeout_s, self._on_deadline, call)
+        call.timer = loop.call_later(call.timeout_s, self._on_deadline, call)
         # A task of its own: the HTTP side may be cancelled, but a request that reached the
         # queue must have its sequence number known, or it could not be withdrawn.
         queueing = self._background.run(call, self._enqueue(call, request_id))
@@ -258,6 +267,8 @@ class Relay:
             case Failed() if chunk.request_id == call.newest_run:
                 retry_after_s = self._retry_after_s(call.model)
                 error = errors.from_failure(chunk.code, chunk.message, call.param, retry_after_s)
+                if chunk.code == "deadline_exceeded":  # the agent does not know whose it is
+                    error = self._too_late(call)
                 self._end(call, error, chunk.request_id)
 
     def _on_tokens(self, call: Call, chunk: Tokens) -> None:
@@ -351,8 +362,11 @@ class Relay:
     # -- ends ------------------------------------------------------------------------------
 
     def _on_deadline(self, call: Call) -> None:
-        error = errors.deadline_exceeded(self._timeout_s, call.stage)
-        self._give_up(call, error, "deadline")
+        self._give_up(call, self._too_late(call), "deadline")
+
+    def _too_late(self, call: Call) -> ApiError:
+        whose = "the request's timeout" if call.timeout_s < self._timeout_s else TIMEOUT_SETTING
+        return errors.deadline_exceeded(call.timeout_s, whose, call.stage)
 
     def _give_up(self, call: Call, cause: Exception, reason: WithdrawReason | None) -> None:
         """Ways 3 to 8: end ``call`` from this side. Does nothing where it has ended already."""

@@ -252,7 +252,6 @@ async def test_a_client_is_told_to_try_again_when_the_model_is_expected(stack: S
         ("invalid_prompt", 400),
         ("model_unavailable", 503),
         ("engine_failed", 500),
-        ("deadline_exceeded", 504),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
