@@ -94,8 +94,16 @@ CHANNELS = (
         "reply",
         None,
         "Core NATS. One subject per request, named in the request's `reply_to`: "
-        "Started, Tokens* or Vectors*, then exactly one of Finished and Failed.",
+        "Started, Tokens* or Vectors*, then exactly one of Finished and Failed; Resuming before a "
+        "further attempt.",
         get_args(stream.Chunk),
+    ),
+    Channel(
+        "resume",
+        None,
+        "Core NATS. On the reply subject of a Resuming chunk: where an agent is to go on with a "
+        "request that it was given again.",
+        (stream.ResumeFrom,),
     ),
     Channel(
         "commands",
@@ -145,6 +153,7 @@ OPERATIONS = (
     Operation("admin", "send", "verify", "Check a model's weights on demand."),
     Operation("api", "send", "requests", "Queue a request for its model."),
     Operation("api", "receive", "reply", "Relay the answer to the HTTP client."),
+    Operation("api", "send", "resume", "Say what is known of the answer."),
     Operation("api", "send", "cancel", "Give up a request: the client left or nobody waits."),
     Operation("api", "send", "events", "Report requests taken back.", (events.RequestWithdrawn,)),
     Operation("api", "receive", "models", "Know which models exist."),
@@ -169,6 +178,7 @@ OPERATIONS = (
     Operation("scheduler", "receive", "leases", "Notice that an agent is gone."),
     Operation("agent", "receive", "requests", "Pull requests for resident models."),
     Operation("agent", "send", "reply", "Stream the answer."),
+    Operation("agent", "receive", "resume", "Go on behind the tokens that the api has."),
     Operation("agent", "receive", "cancel", "Stop a running request."),
     Operation("agent", "receive", "commands", "Carry out the leader's commands."),
     Operation("agent", "receive", "verify", "Check a model's weights."),

@@ -186,6 +186,7 @@ class RequestEnded(msgspec.Struct, frozen=True, tag="hotswap.request.v1.ended"):
     timing: RequestTiming
     error: ErrorCode | None = None
     tenant: str = ""
+    prefix_tokens: int = 0  # of completion_tokens, those that an earlier attempt computed
 
 
 class RequestWithdrawn(msgspec.Struct, frozen=True, tag="hotswap.request.v1.withdrawn"):

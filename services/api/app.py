@@ -20,9 +20,11 @@ from services.api.errors import ApiError
 from services.api.fan import open_fan
 from services.api.openai import ModelList
 from services.api.parsing import Parsed, parse_chat, parse_completion
+from services.api.progress import Progress
 from services.api.relay import Relay
 from services.api.respond import respond
 from services.api.tenants import tenant_of
+from services.api.timeouts import TIMEOUT_HEADER, timeout_of
 from services.api.tracing import Traced, request_id_of
 from services.bus import Bus
 from services.telemetry import ATTR_MODEL
@@ -34,8 +36,16 @@ HttpRequest = Request[Any, Any, State]
 _ENVELOPE_BYTES = 16 * 1024
 
 
-def build(bus: Bus, catalog: Catalog, relay: Relay, max_body_bytes: int) -> ASGIApp:
-    """The ASGI application over a connected bus, a started catalog and a started relay."""
+def build(
+    bus: Bus,
+    catalog: Catalog,
+    relay: Relay,
+    progress: Progress,
+    *,
+    max_body_bytes: int,
+    progress_after_s: float,
+) -> ASGIApp:
+    """The ASGI application over a connected bus, and what was started over it."""
     app = Litestar(
         route_handlers=[
             chat_completions,
@@ -52,7 +62,15 @@ def build(bus: Bus, catalog: Catalog, relay: Relay, max_body_bytes: int) -> ASGI
         openapi_config=None,  # ours is made from the wire structs, see services.api.openapi
         logging_config=None,
         request_max_body_size=min(max_body_bytes, bus.max_payload - _ENVELOPE_BYTES),
-        state=State({"bus": bus, "catalog": catalog, "relay": relay}),
+        state=State(
+            {
+                "bus": bus,
+                "catalog": catalog,
+                "relay": relay,
+                "progress": progress,
+                "progress_after_s": progress_after_s,
+            }
+        ),
     )
     return Traced(app)
 
@@ -83,7 +101,8 @@ async def embeddings(request: HttpRequest, state: State) -> ASGIApp:
     request_id = request_id_of(request.scope)
     tenant = tenant_of(request.headers.get("authorization"))
     what = (parsed.model, parsed.inputs, parsed.dimensions)
-    call = await relay.open_embed(request_id, *what, tenant=tenant)
+    timeout_s = timeout_of(request.headers.get(TIMEOUT_HEADER), parsed.timeout_s)
+    call = await relay.open_embed(request_id, *what, tenant=tenant, timeout_s=timeout_s)
     return await respond_embeddings(parsed, call, relay, request.receive)
 
 
@@ -101,12 +120,14 @@ async def _generate(request: HttpRequest, state: State, parsed: Parsed) -> ASGIA
     catalog.require(parsed.model)
     request_id = request_id_of(request.scope)
     tenant = tenant_of(request.headers.get("authorization"))
+    timeout_s = timeout_of(request.headers.get(TIMEOUT_HEADER), parsed.timeout_s)
 
     async def open_one(name: str, prompt: Prompt, sampling: SamplingParams) -> Call:
-        return await relay.open(name, parsed.model, prompt, sampling, tenant=tenant)
+        what = (parsed.model, prompt, sampling)
+        return await relay.open(name, *what, tenant=tenant, timeout_s=timeout_s)
 
     fan = await open_fan(parsed, request_id, relay, open_one)
-    return await respond(parsed, fan, request.receive)
+    return await respond(parsed, fan, request.receive, state.progress, state.progress_after_s)
 
 
 # -- models --------------------------------------------------------------------------------

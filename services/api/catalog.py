@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Which replica would answer first.
-_NEAREST: tuple[ReplicaState, ...] = (
+NEAREST: tuple[ReplicaState, ...] = (
     "resident",
     "swapping_in",
     "host",
@@ -38,7 +38,7 @@ _NEAREST: tuple[ReplicaState, ...] = (
     "cold",
     "failed",
 )
-assert set(_NEAREST) == set(get_args(ReplicaState))
+assert set(NEAREST) == set(get_args(ReplicaState))
 
 _AGENT_PREFIX = names.agent_lease_key("x").removesuffix("x")
 
@@ -138,6 +138,15 @@ class Catalog:
         existing = sorted(one.spec.name for one in self._deployments.values.values())
         raise errors.model_not_found(name, existing)
 
+    def states(self, model: str) -> dict[str, ReplicaState]:
+        """Of its replicas, by GPU."""
+        live = self._live_gpus()  # what a dead agent wrote last is not true any more
+        return {
+            replica.gpu: replica.state
+            for _, replica in sorted(self._residency.values.items())
+            if replica.model == model and replica.gpu in live
+        }
+
     def missing(self) -> list[str]:
         """What is not there yet and must be before requests can be answered."""
         out = []
@@ -155,19 +164,14 @@ class Catalog:
         }
 
     def _describe(self, record: DeploymentRecord) -> Model:
-        live = self._live_gpus()  # what a dead agent wrote last is not true any more
-        gpus = {
-            replica.gpu: replica.state
-            for _, replica in sorted(self._residency.values.items())
-            if replica.model == record.spec.name and replica.gpu in live
-        }
+        gpus = self.states(record.spec.name)
         facts = record.facts
         return Model(
             id=record.spec.name,
             created=record.created_at,
             hotswap=HotswapInfo(
                 status=record.status,
-                state=min(gpus.values(), key=_NEAREST.index, default="cold"),
+                state=min(gpus.values(), key=NEAREST.index, default="cold"),
                 gpus=gpus,
                 weight_bytes=facts.weight_bytes if facts else None,
                 max_model_len=facts.max_model_len if facts else record.spec.max_model_len,

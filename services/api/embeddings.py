@@ -17,10 +17,12 @@ from schemas.requests import EmbedInput
 from services.api import fields
 from services.api.call import Call, ClientLeft
 from services.api.errors import invalid
+from services.api.forms import served_of
 from services.api.openai import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
 from services.api.parsing import convert, json_object
 from services.api.relay import Relay
-from services.api.respond import answer_headers, watch
+from services.api.respond import watch
+from services.api.served import answer_headers
 from services.api.vectors import FLOAT_BYTES
 
 MAX_INPUTS = 2048  # as OpenAI
@@ -35,6 +37,7 @@ class ParsedEmbeddings:
     dimensions: int | None
     encoding: Literal["float", "base64"]
     ignored: list[str]
+    timeout_s: float | None = None  # as the body says
 
 
 def parse_embeddings(body: bytes) -> ParsedEmbeddings:
@@ -51,6 +54,7 @@ def parse_embeddings(body: bytes) -> ParsedEmbeddings:
         dimensions=request.dimensions,
         encoding=request.encoding_format or "float",
         ignored=fields.ignored(raw, "embedding", request.__struct_fields__),
+        timeout_s=request.timeout,
     )
 
 
@@ -113,7 +117,8 @@ def _body_of(parsed: ParsedEmbeddings, call: Call) -> bytes:
     ]
     num_tokens = call.finished.prompt_tokens
     usage = EmbeddingUsage(num_tokens, num_tokens)
-    return msgspec.json.encode(EmbeddingList(data, parsed.model, usage))
+    told = served_of(call)
+    return msgspec.json.encode(EmbeddingList(data, parsed.model, usage, hotswap=told))
 
 
 def _encoded(vector: bytes, encoding: Literal["float", "base64"]) -> list[float] | str:

@@ -140,8 +140,9 @@ def shutting_down() -> ApiError:
     return ApiError(503, "shutting_down", message, retry_after_s=RETRY_AFTER_S)
 
 
-def deadline_exceeded(timeout_s: float, stage: str) -> ApiError:
-    message = f"No complete answer within {timeout_s:g} s (api.request_timeout_s); it was {stage}."
+def deadline_exceeded(timeout_s: float, whose: str, stage: str) -> ApiError:
+    """``whose``: which limit it was. ``stage``: where the request was."""
+    message = f"No complete answer within {timeout_s:g} s ({whose}); it was {stage}."
     return ApiError(504, "deadline_exceeded", message)
 
 

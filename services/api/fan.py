@@ -18,7 +18,7 @@ from typing import TypeAlias
 import msgspec
 
 from schemas.requests import Prompt, SamplingParams
-from schemas.stream import Finished, Started
+from schemas.stream import Finished
 from services.api.answer import Piece
 from services.api.call import Call
 from services.api.errors import ApiError, invalid
@@ -92,9 +92,9 @@ class Fan:
         return not self._open
 
     @property
-    def started(self) -> Started | None:
-        """Of the first choice that was."""
-        return next((call.started for call in self.calls if call.started), None)
+    def lead(self) -> Call:
+        """Of several calls, the one that tells how all were served: the first that began."""
+        return next((call for call in self.calls if call.started), self.calls[0])
 
     def choices_of(self, prompt: int) -> list[Call]:
         """The calls of one prompt."""
@@ -103,6 +103,17 @@ class Fan:
     def prompt_of(self, index: int) -> int:
         """Which prompt a choice answers."""
         return index // self._n
+
+    async def has_news(self, within_s: float) -> bool:
+        """Whether `read` has something to say at once, now or ``within_s`` seconds from now."""
+        if self._open and not any(call.has_news for call in self._open.values()):
+            self._news.clear()
+            try:
+                async with asyncio.timeout(within_s):
+                    await self._news.wait()
+            except TimeoutError:
+                return False
+        return True
 
     async def read(self) -> list[Told]:
         """What came since the last call, each choice's in order; [] once all are complete.

@@ -12,9 +12,11 @@ from msgspec import UNSET, UnsetType
 from schemas.stream import Finished
 from services.api import logprobs, openai
 from services.api.answer import Piece
+from services.api.call import Call
 from services.api.fan import Fan, Told
 from services.api.openai import WireFinishReason
 from services.api.parsing import Parsed
+from services.api.served import served
 
 _encode = msgspec.json.Encoder().encode
 
@@ -43,6 +45,10 @@ def _usage(fan: Fan) -> openai.Usage:
         cached += min(end.cached_tokens for end in ends)
     details = openai.PromptTokensDetails(cached)
     return openai.Usage(prompt, completion, prompt + completion, details)
+
+
+def served_of(call: Call) -> openai.Served | UnsetType:
+    return served(call) or UNSET
 
 
 def _answer_id(parsed: Parsed, fan: Fan) -> str:
@@ -85,11 +91,11 @@ def whole(parsed: Parsed, fan: Fan, told: list[Told]) -> bytes:
             pieces[index].append(what)
     if parsed.endpoint == "chat":
         chats = [_chat_choice(parsed, fan, index, pieces[index]) for index in range(len(pieces))]
-        chat = openai.ChatCompletion(*head, chats, _usage(fan))
+        chat = openai.ChatCompletion(*head, chats, _usage(fan), hotswap=served_of(fan.lead))
         chat.prompt_token_ids = _prompt_ids(parsed, fan, 0)
         return _encode(chat)
     texts = [_text_choice(parsed, fan, index, pieces[index]) for index in range(len(pieces))]
-    return _encode(openai.Completion(*head, texts, _usage(fan)))
+    return _encode(openai.Completion(*head, texts, _usage(fan), hotswap=served_of(fan.lead)))
 
 
 def _chat_choice(parsed: Parsed, fan: Fan, index: int, pieces: list[Piece]) -> openai.ChatChoice:
@@ -208,7 +214,8 @@ class _ChatChunks(_Chunks):
         return _event(chunk)
 
     def _usage_chunk(self, usage: openai.Usage) -> bytes:
-        return _event(openai.ChatCompletionChunk(*self._head, [], usage))
+        told = served_of(self._fan.lead)
+        return _event(openai.ChatCompletionChunk(*self._head, [], usage, hotswap=told))
 
 
 class _TextChunks(_Chunks):
@@ -227,7 +234,8 @@ class _TextChunks(_Chunks):
         return _event(openai.Completion(*self._head, [choice], self._usage()))
 
     def _usage_chunk(self, usage: openai.Usage) -> bytes:
-        return _event(openai.Completion(*self._head, [], usage))
+        told = served_of(self._fan.lead)
+        return _event(openai.Completion(*self._head, [], usage, hotswap=told))
 
 
 def chunks_of(parsed: Parsed, fan: Fan) -> _Chunks:

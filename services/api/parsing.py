@@ -54,6 +54,7 @@ class Parsed:
     include_usage: bool
     form: AnswerForm
     ignored: list[str]
+    timeout_s: float | None = None  # as the body says
 
 
 def parse_chat(body: bytes) -> Parsed:
@@ -102,6 +103,7 @@ def _parsed(
         include_usage=bool(options and options.include_usage),
         form=form,
         ignored=fields.ignored(raw, endpoint, request.__struct_fields__),
+        timeout_s=request.timeout,
     )
 
 

@@ -363,8 +363,15 @@ class Bus:
         self, subject: str, data: bytes, headers: dict[str, str], timeout_s: float = 5.0
     ) -> int:
         """Publish into the stream that owns ``subject``; returns its sequence number."""
+        seq, _ = await self.store_once(subject, data, headers, timeout_s)
+        return seq
+
+    async def store_once(
+        self, subject: str, data: bytes, headers: dict[str, str], timeout_s: float = 5.0
+    ) -> tuple[int, bool]:
+        """Likewise; also whether it is new: a known Nats-Msg-Id has the number that it had."""
         ack = await self._js_request(subject, data, headers, timeout_s)
-        return int(ack["seq"])
+        return int(ack["seq"]), not ack.get("duplicate", False)
 
     async def _js_request(
         self, subject: str, data: bytes, headers: dict[str, str] | None, timeout_s: float

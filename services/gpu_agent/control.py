@@ -205,7 +205,11 @@ class AgentControl:
     # -- requests ------------------------------------------------------------------------
 
     async def _on_cancel(self, message: Message[CancelRequest]) -> None:
-        await self.serving.cancel(message.body.request_id)
+        cancel = message.body
+        if not cancel.gpu:
+            await self.serving.cancel(cancel.request_id)
+        elif cancel.gpu == self.gpu:
+            await self.serving.release(cancel.request_id)
 
     async def _freed(self, replica: Replica) -> None:
         """A slot is free: pull more, or swap out where that waits for the last one."""

@@ -185,7 +185,8 @@ def _ended(state: ClusterState, event: RequestEnded, now: float) -> None:
         replica.last_used = now
         timing = event.timing
         tempo = state.tempo(event.model)
-        tempo.note(timing.prefill_s, timing.decode_s, event.completion_tokens - 1)
+        num_decoded = event.completion_tokens - event.prefix_tokens - 1
+        tempo.note(timing.prefill_s, timing.decode_s, num_decoded)
         if num >= state.config.crowd:  # another replica may be due, or not any more
             state.index.changed.turns[event.model] = None
 

@@ -116,6 +116,8 @@ def _generate(prompt: requests.Prompt) -> requests.GenerateRequest:
         created_at=AT,
         deadline_at=AT + 60,
         tenant=TENANT,
+        prefix_token_ids=(11, 12),
+        attempts_before=1,
     )
 
 
@@ -176,6 +178,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         timing=TIMING,
         error="engine_failed",
         tenant=TENANT,
+        prefix_tokens=11,
     ),
     events.RequestWithdrawn(model="m", request_id="req-1", at=AT, reason="client_left"),
     events.LeaderElected(holder="scheduler-1", epoch=5, at=AT),
@@ -217,8 +220,9 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         deadline_at=AT + 60,
         dimensions=256,
         tenant=TENANT,
+        attempts_before=1,
     ),
-    requests.CancelRequest(request_id="req-1", model="m"),
+    requests.CancelRequest(request_id="req-1", model="m", gpu="gpu0"),
     requests.VerifyRequest(model="m"),
     events.DeploymentFailed(model="m", at=1.5, reason="needs 9 MiB of device memory"),
     stream.Started(**_CHUNK, gpu="gpu0", start="switch", swap=TRACE),
@@ -233,6 +237,8 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         text="…",
     ),
     stream.Failed(**_CHUNK, code="engine_failed", message="the engine worker died"),
+    stream.Resuming(**_CHUNK, gpu="gpu0"),
+    stream.ResumeFrom(request_id="req-1", verdict="run", token_ids=(11, 12)),
     events.DecisionMade(
         model="m",
         gpu="gpu0",
