@@ -26,6 +26,7 @@ from services.scheduler.victims import (
     idle_victims,
     image_bytes,
     is_kept,
+    is_quick,
     num_made_late,
     slack_victims,
 )
@@ -38,7 +39,6 @@ _PRESSURE_S = 0.5  # what a GPU whose memory is all in use costs a newcomer, in 
 _ROW_S = 0.001  # and each request that runs there
 _HURRY = 1.5  # who is due within so many times what its swap-in takes is in a hurry
 _HURRY_BACK = 3.0  # the same of suspended requests; until then they leave the link to others
-_CHEAP = 20.0  # swap-ins in a run quantum: where so many fit, coming back soon costs nothing
 _PATIENCE = 20.0  # swap-ins: where they are slow, who waits longest must wait longer
 _RETURN_S = 10.0  # a model that was idle for less is as likely as not wanted again soon
 
@@ -296,7 +296,7 @@ def _preemptible(
     if config.preemption == "off":
         return []
     swap_s = newcomer.swap_in_s
-    if turn.request_id or _CHEAP * swap_s <= config.run_quantum_s:
+    if turn.request_id or is_quick(state, swap_s):
         has_time, hurry_s = waited_s < config.preempt_after_s, _HURRY * swap_s
     else:  # who is suspended has time until it is due: coming back sooner only moves bytes
         has_time, hurry_s = True, _HURRY_BACK * swap_s
