@@ -11,7 +11,7 @@ from litestar.params import Parameter
 from litestar.types import ASGIApp
 from opentelemetry import trace
 
-from services.api import errors, openapi
+from services.api import deployments, errors, openapi
 from services.api.catalog import Catalog
 from services.api.embeddings import parse_embeddings, respond_embeddings
 from services.api.errors import ApiError
@@ -40,6 +40,7 @@ def build(bus: Bus, catalog: Catalog, relay: Relay, max_body_bytes: int) -> ASGI
             embeddings,
             list_models,
             get_model,
+            *deployments.HANDLERS,
             healthz,
             readyz,
             schema_page,
@@ -60,26 +61,28 @@ def build(bus: Bus, catalog: Catalog, relay: Relay, max_body_bytes: int) -> ASGI
 @post("/v1/chat/completions", status_code=200)
 async def chat_completions(request: HttpRequest, state: State) -> ASGIApp:
     """Continue a chat, streamed or whole."""
-    return await _generate(request, state, parse_chat(await _body(request)))
+    return await _generate(request, state, parse_chat(await _body(request), state.catalog.prepare))
 
 
 @post("/v1/completions", status_code=200)
 async def completions(request: HttpRequest, state: State) -> ASGIApp:
     """Continue a text, streamed or whole."""
-    return await _generate(request, state, parse_completion(await _body(request)))
+    return await _generate(
+        request, state, parse_completion(await _body(request), state.catalog.prepare)
+    )
 
 
 @post("/v1/embeddings", status_code=200)
 async def embeddings(request: HttpRequest, state: State) -> ASGIApp:
     """Texts or token ids as vectors."""
-    parsed = parse_embeddings(await _body(request))
-    trace.get_current_span().set_attribute(ATTR_MODEL, parsed.model)
     catalog: Catalog = state.catalog
     relay: Relay = state.relay
-    catalog.require(parsed.model, "embed", parsed.dimensions or 0)
+    parsed = parse_embeddings(await _body(request), catalog.prepare)
+    trace.get_current_span().set_attribute(ATTR_MODEL, parsed.model)
+    deployment = catalog.require(parsed.model, "embed", parsed.dimensions or 0)
     request_id = request_id_of(request.scope)
     tenant = tenant_of(request.headers.get("authorization"))
-    what = (parsed.model, parsed.inputs, parsed.dimensions)
+    what = (deployment, parsed.inputs, parsed.dimensions)
     call = await relay.open_embed(request_id, *what, tenant=tenant)
     return await respond_embeddings(parsed, call, relay, request.receive)
 
@@ -95,10 +98,10 @@ async def _generate(request: HttpRequest, state: State, parsed: Parsed) -> ASGIA
     trace.get_current_span().set_attribute(ATTR_MODEL, parsed.model)
     catalog: Catalog = state.catalog
     relay: Relay = state.relay
-    catalog.require(parsed.model)
+    deployment = catalog.require(parsed.model)
     request_id = request_id_of(request.scope)
     tenant = tenant_of(request.headers.get("authorization"))
-    what = (parsed.model, parsed.prompt, parsed.sampling)
+    what = (deployment, parsed.prompt, parsed.sampling)
     call = await relay.open(request_id, *what, tenant=tenant)
     return await respond(parsed, call, relay, request.receive)
 
