@@ -84,8 +84,6 @@ def up(config_file: Path, nats_url: str | None, creds: Path | None) -> None:
     config = _load(config_file)
     if nats_url or config.nats.url:
         config = _with_nats(config, nats_url, creds)
-    if not config.models:
-        raise SettingsError(f"{config_file}: no models; add one as [models.NAME] with its source")
     telemetry.set_up("up", span_folder=None, otlp_endpoint="", log_level=config.telemetry.log_level)
     asyncio.run(_up(config, config_file))
 

@@ -11,6 +11,8 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar, get_args
 
+from msgspec import UNSET
+
 from schemas import names
 from schemas.state import (
     DeploymentRecord,
@@ -234,7 +236,7 @@ class Catalog:
                 weight_bytes=facts.weight_bytes if facts else None,
                 max_model_len=facts.max_model_len if facts else record.spec.max_model_len,
                 reason=record.reason,
-                alias_of=None if name == record.spec.name else record.spec.name,
+                alias_of=UNSET if name == record.spec.name else record.spec.name,
             ),
         )
 
