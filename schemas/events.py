@@ -270,7 +270,7 @@ AgentEvent: TypeAlias = (
     | RequestStarted
     | RequestEnded
 )
-SchedulerEvent: TypeAlias = LeaderElected | DeploymentFailed | DeploymentChanged | DecisionMade
+SchedulerEvent: TypeAlias = LeaderElected | DeploymentFailed | DecisionMade | DeploymentChanged
 Event: TypeAlias = AgentEvent | RequestWithdrawn | SchedulerEvent
 
 
