@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, Generic, TypeVar, get_args
+from typing import Any, Generic, TypeVar
 
 from msgspec import UNSET
 
@@ -22,6 +22,7 @@ from schemas.state import (
     Runner,
 )
 from services.api import errors, presets
+from services.api.deployment_settings import nearest
 from services.api.fields import Endpoint
 from services.api.openai import HotswapInfo, Model
 from services.api.waits import RetryAfter, unknown
@@ -31,19 +32,6 @@ from services.bus.connection import Hook
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-# Which replica would answer first.
-_NEAREST: tuple[ReplicaState, ...] = (
-    "resident",
-    "swapping_in",
-    "host",
-    "draining",
-    "swapping_out",
-    "loading",
-    "cold",
-    "failed",
-)
-assert set(_NEAREST) == set(get_args(ReplicaState))
 
 _AGENT_PREFIX = names.agent_lease_key("x").removesuffix("x")
 
@@ -218,11 +206,6 @@ class Catalog:
             if replica.model == name and replica.gpu in live
         }
 
-    @staticmethod
-    def nearest(gpus: dict[str, ReplicaState]) -> ReplicaState:
-        """The state of the replica that would answer first."""
-        return min(gpus.values(), key=_NEAREST.index, default="cold")
-
     def _describe(self, record: DeploymentRecord, name: str) -> Model:
         gpus = self.gpus_of(record.spec.name)
         facts = record.facts
@@ -231,7 +214,7 @@ class Catalog:
             created=record.created_at,
             hotswap=HotswapInfo(
                 status=record.status,
-                state=self.nearest(gpus),
+                state=nearest(gpus),
                 gpus=gpus,
                 weight_bytes=facts.weight_bytes if facts else None,
                 max_model_len=facts.max_model_len if facts else record.spec.max_model_len,

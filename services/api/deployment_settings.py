@@ -4,7 +4,7 @@ Settings are those of ``[models.NAME]`` in hotswap.toml, with the same names, ch
 """
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -52,9 +52,26 @@ class ActionResult(msgspec.Struct):
     deployment: DeploymentInfo | None  # None: it is gone
 
 
-def describe(
-    record: DeploymentRecord, gpus: dict[str, ReplicaState], state: ReplicaState
-) -> DeploymentInfo:
+# Which replica would answer first.
+_NEAREST: tuple[ReplicaState, ...] = (
+    "resident",
+    "swapping_in",
+    "host",
+    "draining",
+    "swapping_out",
+    "loading",
+    "cold",
+    "failed",
+)
+assert set(_NEAREST) == set(get_args(ReplicaState))
+
+
+def nearest(gpus: dict[str, ReplicaState]) -> ReplicaState:
+    """The state of the replica that would answer first."""
+    return min(gpus.values(), key=_NEAREST.index, default="cold")
+
+
+def describe(record: DeploymentRecord, gpus: dict[str, ReplicaState]) -> DeploymentInfo:
     return DeploymentInfo(
         name=record.spec.name,
         version=record.revision,
@@ -62,7 +79,7 @@ def describe(
         origin=record.origin,
         status=record.status,
         reason=record.reason,
-        state=state,
+        state=nearest(gpus),
         gpus=gpus,
         facts=record.facts,
         created_at=record.created_at,

@@ -361,8 +361,7 @@ def _optional_body(body: bytes, kind: type[T]) -> T:
 
 
 def _info(catalog: Catalog, record: DeploymentRecord) -> DeploymentInfo:
-    gpus = catalog.gpus_of(record.spec.name)
-    return describe(record, gpus, catalog.nearest(gpus))
+    return describe(record, catalog.gpus_of(record.spec.name))
 
 
 def _deployment(catalog: Catalog, record: DeploymentRecord, status: int = 200) -> Response[bytes]:
