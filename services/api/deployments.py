@@ -9,7 +9,6 @@ for. A version is the deployment's revision there, and its ETag.
 
 import re
 import time
-from collections.abc import Callable
 from typing import Annotated, Any, Final, TypeAlias, TypeVar
 
 import msgspec
@@ -42,6 +41,21 @@ from services.api.errors import RETRY_AFTER_S, ApiError, invalid
 from services.api.parsing import convert, json_object
 from services.api.tenants import tenant_of
 from services.bus import Bus, BusError, NoResponder
+
+ACTIONS: Final = {
+    "swap-in": "Bring it in though nobody waits, if that hurts nobody",
+    "swap-out": "Let running requests end, and leave; the next request brings it back",
+    "move": "Be resident on another GPU, then leave the first one",
+    "drain": "Take no new requests, and leave when those it has have ended",
+    "undrain": "Take requests again",
+    "pin": "Come in unasked, and leave for no other model",
+    "unpin": "Leave for other models again",
+}
+_SETTING_OF: Final = {
+    "undrain": ("drained", False),
+    "pin": ("pinned", True),
+    "unpin": ("pinned", False),
+}
 
 HttpRequest = Request[Any, Any, State]
 T = TypeVar("T")
@@ -130,25 +144,26 @@ async def delete_deployment(request: HttpRequest, state: State, name: PathName) 
 # -- actions -------------------------------------------------------------------------------
 
 
-@post("/v1/deployments/{path:path}", status_code=200)
-async def act_on_deployment(request: HttpRequest, state: State, path: PathName) -> Response[bytes]:
-    """swap-in, swap-out, drain, undrain, pin, unpin or move."""
-    name, _, action = _name(path).rpartition("/")
-    acts = {
-        "swap-in": _swap_in,
-        "swap-out": _swap_out,
-        "move": _move,
-        "drain": _drain,
-        "undrain": _setting(drained=False),
-        "pin": _setting(pinned=True),
-        "unpin": _setting(pinned=False),
-    }
-    if action not in acts or not name:
+@post("/v1/deployments/{name:path}", status_code=200)
+async def act_on_deployment(request: HttpRequest, state: State, name: PathName) -> Response[bytes]:
+    """One of `ACTIONS`: the last part of the path."""
+    name, _, action = _name(name).rpartition("/")
+    if action not in ACTIONS or not name:
         words = f"POST {request.scope['path']} names no action: end it in one of "
-        raise ApiError(404, "unknown_action", f"{words}/{', /'.join(acts)}.")
+        raise ApiError(404, "unknown_action", f"{words}/{', /'.join(ACTIONS)}.")
     state.catalog.record(name)
-    response: Response[bytes] = await acts[action](request, state, name)
-    return response
+    match action:
+        case "swap-in":
+            return await _swap_in(request, state, name)
+        case "swap-out":
+            return await _swap_out(request, state, name)
+        case "move":
+            return await _move(request, state, name)
+        case "drain":
+            return await _drain(request, state, name)
+        case _:
+            await _change(request, state, name, dict([_SETTING_OF[action]]))
+            return _result(state.catalog, name, True, "")
 
 
 async def _swap_in(request: HttpRequest, state: State, name: str) -> Response[bytes]:
@@ -205,14 +220,6 @@ async def _drain(request: HttpRequest, state: State, name: str) -> Response[byte
     is_done = await catalog.until(lambda: not _is_on_device(catalog, name, ""), wait_s)
     words = "" if is_done else "its requests end first"
     return _result(catalog, name, is_done, words)
-
-
-def _setting(**changes: bool) -> Callable[[HttpRequest, State, str], Any]:
-    async def act(request: HttpRequest, state: State, name: str) -> Response[bytes]:
-        await _change(request, state, name, dict(changes))
-        return _result(state.catalog, name, True, "")
-
-    return act
 
 
 def _is_on_device(catalog: Catalog, name: str, gpu: str) -> bool:
