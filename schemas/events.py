@@ -11,6 +11,8 @@ from schemas.decisions import Candidate, DecisionAction, Urgency, Victim
 from schemas.state import ModelFacts, SwapTrace
 from schemas.stream import ErrorCode, RequestTiming
 
+ChangeAction: TypeAlias = Literal["created", "updated", "deleted", "swap_in", "swap_out", "move"]
+
 
 class AgentStarted(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.agent_started"):
     gpu: str
@@ -53,7 +55,9 @@ class ModelLoaded(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.model_loade
 
 
 class ModelUnloaded(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.model_unloaded"):
-    """Its host image made room for another model's; the next use loads it again."""
+    """Its host image made room for another model's, and the next use loads it again; or that was
+    commanded.
+    """
 
     gpu: str
     model: str
@@ -148,7 +152,7 @@ class CommandFailed(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.command_f
     model: str
     generation: int
     at: float
-    command: Literal["register", "load", "swap_in", "swap_out"]
+    command: Literal["register", "load", "swap_in", "swap_out", "unload"]
     reason: str
 
 
@@ -159,7 +163,7 @@ class CommandRejected(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.command
     model: str
     generation: int
     at: float
-    command: Literal["register", "load", "swap_in", "swap_out"]
+    command: Literal["register", "load", "swap_in", "swap_out", "unload"]
     reason: str
 
 
@@ -213,6 +217,17 @@ class DeploymentFailed(msgspec.Struct, frozen=True, tag="hotswap.scheduler.v1.de
     reason: str
 
 
+class DeploymentChanged(msgspec.Struct, frozen=True, tag="hotswap.scheduler.v1.deployment_changed"):
+    """Somebody changed what is deployed, or told a model to move: for the records."""
+
+    model: str
+    at: float
+    action: ChangeAction
+    who: str  # as the api was told; "hotswap.toml" where that file was changed
+    detail: str = ""
+    revision: int = 0  # 0: nothing was written
+
+
 class DecisionMade(msgspec.Struct, frozen=True, tag="hotswap.scheduler.v1.decision_made"):
     """What the scheduler decided for ``model``, and why, for people.
 
@@ -257,7 +272,7 @@ AgentEvent: TypeAlias = (
     | RequestStarted
     | RequestEnded
 )
-SchedulerEvent: TypeAlias = LeaderElected | DeploymentFailed | DecisionMade
+SchedulerEvent: TypeAlias = LeaderElected | DeploymentFailed | DecisionMade | DeploymentChanged
 Event: TypeAlias = AgentEvent | RequestWithdrawn | SchedulerEvent
 
 

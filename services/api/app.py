@@ -12,7 +12,7 @@ from litestar.types import ASGIApp
 from opentelemetry import trace
 
 from schemas.requests import Prompt, SamplingParams
-from services.api import errors, openapi
+from services.api import deployments, errors, openapi
 from services.api.call import Call
 from services.api.catalog import Catalog
 from services.api.embeddings import parse_embeddings, respond_embeddings
@@ -53,6 +53,7 @@ def build(
             embeddings,
             list_models,
             get_model,
+            *deployments.HANDLERS,
             healthz,
             readyz,
             schema_page,
@@ -81,26 +82,28 @@ def build(
 @post("/v1/chat/completions", status_code=200)
 async def chat_completions(request: HttpRequest, state: State) -> ASGIApp:
     """Continue a chat, streamed or whole."""
-    return await _generate(request, state, parse_chat(await _body(request)))
+    return await _generate(request, state, parse_chat(await _body(request), state.catalog.prepare))
 
 
 @post("/v1/completions", status_code=200)
 async def completions(request: HttpRequest, state: State) -> ASGIApp:
     """Continue a text, streamed or whole."""
-    return await _generate(request, state, parse_completion(await _body(request)))
+    return await _generate(
+        request, state, parse_completion(await _body(request), state.catalog.prepare)
+    )
 
 
 @post("/v1/embeddings", status_code=200)
 async def embeddings(request: HttpRequest, state: State) -> ASGIApp:
     """Texts or token ids as vectors."""
-    parsed = parse_embeddings(await _body(request))
-    trace.get_current_span().set_attribute(ATTR_MODEL, parsed.model)
     catalog: Catalog = state.catalog
     relay: Relay = state.relay
-    catalog.require(parsed.model, "embed", parsed.dimensions or 0)
+    parsed = parse_embeddings(await _body(request), catalog.prepare)
+    trace.get_current_span().set_attribute(ATTR_MODEL, parsed.model)
+    deployment = catalog.require(parsed.model, "embed", parsed.dimensions or 0)
     request_id = request_id_of(request.scope)
     tenant = tenant_of(request.headers.get("authorization"))
-    what = (parsed.model, parsed.inputs, parsed.dimensions)
+    what = (deployment, parsed.inputs, parsed.dimensions)
     timeout_s = timeout_of(request.headers.get(TIMEOUT_HEADER), parsed.timeout_s)
     call = await relay.open_embed(request_id, *what, tenant=tenant, timeout_s=timeout_s)
     return await respond_embeddings(parsed, call, relay, request.receive)
@@ -117,13 +120,13 @@ async def _generate(request: HttpRequest, state: State, parsed: Parsed) -> ASGIA
     trace.get_current_span().set_attribute(ATTR_MODEL, parsed.model)
     catalog: Catalog = state.catalog
     relay: Relay = state.relay
-    catalog.require(parsed.model)
+    deployment = catalog.require(parsed.model)
     request_id = request_id_of(request.scope)
     tenant = tenant_of(request.headers.get("authorization"))
     timeout_s = timeout_of(request.headers.get(TIMEOUT_HEADER), parsed.timeout_s)
 
     async def open_one(name: str, prompt: Prompt, sampling: SamplingParams) -> Call:
-        what = (parsed.model, prompt, sampling)
+        what = (deployment, prompt, sampling)
         return await relay.open(name, *what, tenant=tenant, timeout_s=timeout_s)
 
     fan = await open_fan(parsed, request_id, relay, open_one)

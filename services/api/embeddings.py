@@ -19,7 +19,7 @@ from services.api.call import Call, ClientLeft
 from services.api.errors import invalid
 from services.api.forms import served_of
 from services.api.openai import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
-from services.api.parsing import convert, json_object
+from services.api.parsing import Prepare, as_it_came, convert, json_object
 from services.api.relay import Relay
 from services.api.respond import watch
 from services.api.served import answer_headers
@@ -40,9 +40,9 @@ class ParsedEmbeddings:
     timeout_s: float | None = None  # as the body says
 
 
-def parse_embeddings(body: bytes) -> ParsedEmbeddings:
+def parse_embeddings(body: bytes, prepare: Prepare = as_it_came) -> ParsedEmbeddings:
     """The body of ``POST /v1/embeddings``. Raises ApiError (400)."""
-    raw = json_object(body)
+    raw = prepare(json_object(body), "embedding")
     fields.refuse_unsupported(raw, "embedding")
     request = convert(raw, EmbeddingRequest)
     if request.dimensions is not None and request.dimensions < 1:

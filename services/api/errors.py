@@ -7,10 +7,15 @@
 |        | unsupported_parameter, context_length_exceeded,       |                                 |
 |        | model_not_supported, ...                             |                                 |
 | 404    | model_not_found, unknown_url                         |                                 |
+|        | deployment_not_found, unknown_action                 |                                 |
+| 409    | conflict                                             | a change of deployments can not |
+|        |                                                      | be made                         |
+| 412    | precondition_failed                                  | If-Match names another version  |
 | 413    | request_too_large                                    |                                 |
 | 429    | queue_full                                           | with Retry-After                |
 | 500    | engine_failed, internal_error                        |                                 |
 | 503    | model_unavailable, bus_unavailable, shutting_down    | with Retry-After                |
+|        | scheduler_unavailable                                |                                 |
 | 504    | deadline_exceeded                                    |                                 |
 """
 
@@ -101,6 +106,14 @@ def model_not_found(model: str, existing: Sequence[str]) -> ApiError:
     name = repr(model if len(model) <= _MAX_NAME else f"{model[:_MAX_NAME]}...")
     message = f"The model {name} does not exist. Models here: {listed}."
     return ApiError(404, "model_not_found", message, param="model")
+
+
+def deployment_not_found(name: str, existing: Sequence[str]) -> ApiError:
+    listed = ", ".join(existing[:_MAX_LISTED]) or "none yet"
+    if len(existing) > _MAX_LISTED:
+        listed += f", ... ({len(existing)} in all, see GET /v1/deployments)"
+    message = f"There is no deployment {name[:_MAX_NAME]!r}. Deployments here: {listed}."
+    return ApiError(404, "deployment_not_found", message, param="name")
 
 
 def model_not_supported(model: str, runner: Runner) -> ApiError:

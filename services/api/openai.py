@@ -282,6 +282,7 @@ class HotswapInfo(msgspec.Struct):
     weight_bytes: int | None
     max_model_len: int | None
     reason: str  # why it failed, else ""
+    alias_of: str | UnsetType = UNSET  # the deployment, where this is another name of it
 
 
 class Model(msgspec.Struct):

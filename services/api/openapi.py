@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from services.api import fields, openai
+from services.api import fields, openai, openapi_deployments
 from services.api.errors import ErrorBody
 from services.api.fields import Endpoint
 
@@ -94,6 +94,7 @@ def build() -> Json:
                     ]
                 }
             },
+            **openapi_deployments.paths(),
             "/healthz": {"get": _health("healthz", "Is the process alive?")},
             "/readyz": {
                 "get": _health("readyz", "Could a request be answered?", "What is missing.")
@@ -198,6 +199,7 @@ def _schemas() -> Json:
         openai.EmbeddingList,
         openai.ModelList,
         ErrorBody,
+        *openapi_deployments.KINDS,
     )
     _, schemas = msgspec.json.schema_components(kinds, ref_template=_REF)
     for kind in kinds:

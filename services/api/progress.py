@@ -28,7 +28,7 @@ from schemas import names
 from schemas.events import LoadProgressed
 from schemas.state import ReplicaState
 from services.api.call import Call
-from services.api.catalog import NEAREST
+from services.api.deployment_settings import nearest
 from services.api.waits import Waits
 from services.bus import Bus, Message
 from services.bus.connection import Hook
@@ -121,7 +121,7 @@ def state_of(call: Call, states: Mapping[str, ReplicaState]) -> State:
                 return "suspended"
             case _:
                 return "resuming"
-    match min(states.values(), key=NEAREST.index, default="cold"):
+    match nearest(states):
         case "resident":
             return "queued"
         case "swapping_in":

@@ -284,6 +284,15 @@ class Serving:
         await self._return(flights)
         await self._submit_line()
 
+    async def end_all(self, replica: Replica, reason: str) -> None:
+        """Its requests end with an error, wherever they are."""
+        for flight in self._flights_of(replica):
+            if flight.is_submitted:
+                self._send(ipc.Cancel(flight.request.request_id))
+        for flight in self._flights_of(replica):
+            if self.in_flight.get(flight.request.request_id) is flight:
+                await self._fail(flight, "model_unavailable", reason)
+
     async def finish(self, grace_s: float) -> None:
         """At shutdown: wait up to ``grace_s`` seconds; what still runs goes back to the queue,
         and what is suspended at once: nothing is swapped in any more.

@@ -9,8 +9,8 @@
             it must come in
 
 A deployment that must not be interrupted is drained instead: it leaves when its requests ended. A
-pinned one does not leave at all, and a *large* model, one that needs more than half of its GPU, not
-always for smaller ones (`is_kept`).
+pinned one does not leave at all, one that just came in not before its minimum residency, and a
+*large* model, one that needs more than half of its GPU, not always for smaller ones (`is_kept`).
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -43,7 +43,14 @@ def _can_leave(state: ClusterState, replica: Replica, now: float) -> bool:
         and replica.is_settled
         and (replica.failure is None or replica.failure.retry_at <= now)
         and not state.is_pinned(replica.model)
+        and not _is_new(state, replica, now)
     )
+
+
+def _is_new(state: ClusterState, replica: Replica, now: float) -> bool:
+    """It has not been there for as long as its settings say that it stays."""
+    at_least_s = state.min_residency_s(replica.model)
+    return at_least_s > 0 and now - replica.resident_since < at_least_s
 
 
 def idle_victims(state: ClusterState, agent: Agent, now: float) -> list[Replica]:

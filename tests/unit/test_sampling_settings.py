@@ -57,7 +57,7 @@ def ours(model: Any, sampling: SamplingParams, end_ids: tuple[int, ...] = ()) ->
     return ids[len(PROMPT) :]
 
 
-class SeededByPosition(LogitsProcessor):
+class SeededByPosition(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped
     """Has ``generate`` draw each token from seed and position, as ours does."""
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
