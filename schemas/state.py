@@ -124,6 +124,7 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
     facts: ModelFacts | None = None  # None until registered
     reason: str = ""  # why it failed
     cached_bytes: int = 0  # of its weights, still on the device though swapped out
+    batch_in_flight: int = 0  # of in_flight: those of class batch
 
 
 class AgentStatus(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.status"):
