@@ -4,7 +4,8 @@
     batch         as many as it has free slots
 
 So an interactive request is never kept waiting by those of class batch: where they have all the
-slots, one of them gives way (`services.gpu_agent.serving`).
+slots, one of them gives way (`services.gpu_agent.serving`). A slot that becomes free is first
+offered to the one queue and a moment later to the other.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from services.gpu_agent.replicas import Replica
 log = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
-_CLASSES: tuple[RequestClass, ...] = ("interactive", "batch")  # the first one is asked for first
+_COURTESY_S = 0.02  # interactive requests that wait are here by then
 
 OnDelivery = Callable[[Replica, Delivery], Awaitable[None]]
 
@@ -37,25 +38,43 @@ class Pull:
         self._pullers: dict[RequestClass, Puller] = {}
         self._stopped = False
         self._task = asyncio.create_task(self._begin())
+        self._later: asyncio.Task[None] | None = None
 
     async def refresh(self) -> None:
         """The number of free slots changed."""
-        for klass, puller in list(self._pullers.items()):
-            try:
-                await puller.want(self._replica.num_free(klass))
-            except BusError as error:
-                log.warning("can not pull for %s: %s", self._replica.spec.name, error)
+        await self._want("interactive")
+        if self._replica.num_free("batch"):
+            if self._later is None or self._later.done():
+                self._later = asyncio.create_task(self._want_batch())
+        else:
+            await self._want("batch")  # no more than what is open
+
+    async def _want_batch(self) -> None:
+        await asyncio.sleep(_COURTESY_S)
+        await self._want("batch")
+
+    async def _want(self, klass: RequestClass) -> None:
+        puller = self._pullers.get(klass)
+        if puller is None or self._stopped:
+            return
+        try:
+            await puller.want(self._replica.num_free(klass))
+        except BusError as error:
+            log.warning("can not pull for %s: %s", self._replica.spec.name, error)
 
     def stop(self) -> None:
         """Take no more; what comes after this goes back to the queue."""
         self._stopped = True  # a cancellation alone may get lost in asyncio.wait_for
         self._task.cancel()
+        if self._later:
+            self._later.cancel()
         for puller in self._pullers.values():
             puller.stop()
 
     async def _begin(self) -> None:
-        for klass in _CLASSES:
-            await self._begin_one(klass)
+        await self._begin_one("interactive")
+        await asyncio.sleep(_COURTESY_S)
+        await self._begin_one("batch")
 
     async def _begin_one(self, klass: RequestClass) -> None:
         while not self._stopped:

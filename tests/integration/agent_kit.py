@@ -188,6 +188,7 @@ class Agent:
         left_s: float = 60.0,
         listen: bool = True,
         tenant: str = "",
+        klass: names.RequestClass = "interactive",
     ) -> Log:
         """Queue a request; its chunks appear in the log."""
         api = self._buses["api"]
@@ -201,9 +202,7 @@ class Agent:
             await api.subscribe(reply_to, Chunk, on_chunk)
         now = time.time()
         what = (TextPrompt(text), SamplingParams(seed=1))
-        request = GenerateRequest(
-            name, model, "interactive", *what, reply_to, now, now + left_s, tenant
-        )
+        request = GenerateRequest(name, model, klass, *what, reply_to, now, now + left_s, tenant)
         await self.queue.enqueue(request)
         return chunks
 
@@ -225,7 +224,7 @@ class Agent:
         queue = WorkQueue(self._buses["scheduler"])
 
         async def is_empty() -> bool:
-            return not (await queue.depths())[0]
+            return not (await queue.depths())[0] and not (await queue.depths("batch"))[0]
 
         await eventually(is_empty, "an empty queue")
 
