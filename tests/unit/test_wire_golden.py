@@ -20,7 +20,7 @@ import msgspec
 import pytest
 
 import schemas
-from schemas import commands, decisions, events, requests, state, stream
+from schemas import batches, commands, decisions, events, requests, state, stream
 
 GOLDEN = Path(__file__).parent / "golden" / "messages.jsonl"
 
@@ -81,6 +81,7 @@ REPLICA = state.ReplicaStatus(
     facts=FACTS,
     reason="checksum",
     cached_bytes=4_194_304,
+    batch_in_flight=1,
 )
 SAMPLING = requests.SamplingParams(
     seed=42,
@@ -164,6 +165,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         attempt=1,
         queue_wait_s=0.75,
         tenant=TENANT,
+        klass="batch",
     ),
     events.RequestEnded(
         gpu="gpu0",
@@ -176,6 +178,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         timing=TIMING,
         error="engine_failed",
         tenant=TENANT,
+        klass="batch",
     ),
     events.RequestWithdrawn(model="m", request_id="req-1", at=AT, reason="client_left"),
     events.LeaderElected(holder="scheduler-1", epoch=5, at=AT),
@@ -263,6 +266,33 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     state.PredictedWait(
         model="m", at=AT, wait_s=0.5, num_waiters=3, num_suspended=2, since=AT - 1, place=1
     ),
+    batches.FileRecord(
+        file="file-1",
+        filename="in.jsonl",
+        purpose="batch",
+        num_bytes=4096,
+        created_at=1767225600,
+        expires_at=1769817600,
+        tenant=TENANT,
+    ),
+    batches.BatchRecord(
+        batch="batch_1",
+        endpoint="/v1/chat/completions",
+        input_file="file-1",
+        completion_window="24h",
+        created_at=1767225600,
+        expires_at=1767312000,
+        status="completed",
+        reached={"in_progress": 1767225601, "completed": 1767229200},
+        metadata={"night": "1"},
+        tenant=TENANT,
+        num_requests=3,
+        num_completed=2,
+        num_failed=1,
+        output_file="file-2",
+        error_file="file-3",
+        errors=(batches.BatchError("invalid_url", "url must be ...", line=2, param="url"),),
+    ),
 )
 
 
@@ -328,7 +358,7 @@ def test_tokens_of_those_who_ask_for_no_log_probabilities_do_not_grow() -> None:
 
 def test_requests_and_events_of_those_who_know_no_tenants_still_decode() -> None:
     told = [example for example in EXAMPLES if getattr(example, "tenant", "")]
-    assert len({type(example) for example in told}) == 4
+    assert len({type(example) for example in told}) == 6
     for example in told:
         fields = json.loads(msgspec.json.encode(example))
         del fields["tenant"]
