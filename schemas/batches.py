@@ -24,7 +24,10 @@ FilePurpose: TypeAlias = Literal["batch", "batch_output"]
 
 
 class FileRecord(msgspec.Struct, frozen=True, tag="hotswap.state.v1.file"):
-    """HS_FILES/<file>: written once what it holds is there, in HS_FILE_DATA. Times: unix seconds."""
+    """HS_FILES/<file>: written once what it holds is there, in HS_FILE_DATA.
+
+    Times are unix seconds.
+    """
 
     file: str
     filename: str

@@ -41,6 +41,11 @@ def escape(name: str) -> str:
     return "".join(chr(b) if b in _SAFE else f"={b:02X}" for b in name.encode())
 
 
+def is_key(text: str) -> bool:
+    """Whether ``text`` may stand as it is where a name is escaped."""
+    return bool(text) and _SAFE.issuperset(text.encode())
+
+
 def unescape(token: str) -> str:
     """The name that `escape` wrote as ``token``. Raises ValueError for anything else."""
     out = bytearray()

@@ -82,10 +82,12 @@ class ApiSettings(_Section, frozen=True):
     request_timeout_s: float = 600.0
     max_body_bytes: int = 4 * 2**20
     max_queued_per_model: int = 1000
+    max_file_bytes: int = 100 * 2**20  # of one that is uploaded for a batch
 
     def __post_init__(self) -> None:
         _port(self)
         _positive(self, "request_timeout_s", "max_body_bytes", "max_queued_per_model")
+        _positive(self, "max_file_bytes")
 
 
 class NatsSettings(_Section, frozen=True):

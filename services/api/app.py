@@ -4,7 +4,7 @@ from importlib import resources
 from typing import Annotated, Any
 
 import msgspec
-from litestar import Litestar, Request, Response, get, post
+from litestar import Litestar, Request, Response, Router, get, post
 from litestar.datastructures import State
 from litestar.exceptions import InternalServerException
 from litestar.params import Parameter
@@ -12,6 +12,18 @@ from litestar.types import ASGIApp
 from opentelemetry import trace
 
 from services.api import errors, openapi
+from services.api.batches.http import (
+    Store,
+    cancel_batch,
+    create_batch,
+    create_file,
+    delete_file,
+    get_batch,
+    get_file,
+    get_file_content,
+    list_batches,
+    list_files,
+)
 from services.api.catalog import Catalog
 from services.api.embeddings import parse_embeddings, respond_embeddings
 from services.api.errors import ApiError
@@ -28,10 +40,10 @@ HttpRequest = Request[Any, Any, State]
 
 # A queued request is its body without the fields that agents do not need, plus ids and a reply
 # subject; together with the headers these are well below this.
-_ENVELOPE_BYTES = 16 * 1024
+ENVELOPE_BYTES = 16 * 1024
 
 
-def build(bus: Bus, catalog: Catalog, relay: Relay, max_body_bytes: int) -> ASGIApp:
+def build(bus: Bus, catalog: Catalog, relay: Relay, store: Store, max_body_bytes: int) -> ASGIApp:
     """The ASGI application over a connected bus, a started catalog and a started relay."""
     app = Litestar(
         route_handlers=[
@@ -40,6 +52,15 @@ def build(bus: Bus, catalog: Catalog, relay: Relay, max_body_bytes: int) -> ASGI
             embeddings,
             list_models,
             get_model,
+            Router("/", route_handlers=[create_file], request_max_body_size=store.max_body_bytes),
+            list_files,
+            get_file,
+            get_file_content,
+            delete_file,
+            create_batch,
+            list_batches,
+            get_batch,
+            cancel_batch,
             healthz,
             readyz,
             schema_page,
@@ -48,8 +69,8 @@ def build(bus: Bus, catalog: Catalog, relay: Relay, max_body_bytes: int) -> ASGI
         exception_handlers=errors.EXCEPTION_HANDLERS,
         openapi_config=None,  # ours is made from the wire structs, see services.api.openapi
         logging_config=None,
-        request_max_body_size=min(max_body_bytes, bus.max_payload - _ENVELOPE_BYTES),
-        state=State({"bus": bus, "catalog": catalog, "relay": relay}),
+        request_max_body_size=min(max_body_bytes, bus.max_payload - ENVELOPE_BYTES),
+        state=State({"bus": bus, "catalog": catalog, "relay": relay, "store": store}),
     )
     return Traced(app)
 

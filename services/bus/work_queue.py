@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 PRIORITY_GROUP = "replicas"
 PULL_EXPIRES_S = 30.0
 REDELIVER_AFTER_S = 5.0  # a Delivery that is neither acked nor in_progress for this long
-_CONSUMER_IDLE_S = 300.0
+# A consumer that nobody pulls from for so long is forgotten, and with it who has which request.
+_CONSUMER_IDLE_S: dict[names.RequestClass, float] = {"interactive": 300.0, "batch": 24 * 3600.0}
 _FULL = (10077, 10054, 10053)  # "maximum messages per subject exceeded" and its kin
 
 _request_decoder: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
@@ -237,7 +238,7 @@ class Puller:
             "ack_policy": "explicit",
             "ack_wait": int(REDELIVER_AFTER_S * NS),
             "max_ack_pending": 10_000,
-            "inactive_threshold": int(_CONSUMER_IDLE_S * NS),
+            "inactive_threshold": int(_CONSUMER_IDLE_S[self._klass] * NS),
             "priority_policy": "prioritized",
             "priority_groups": [PRIORITY_GROUP],
         }

@@ -34,6 +34,19 @@ class Stack:
         self.agent: ScriptedAgent
         self.scheduler: ScriptedScheduler
         self.queue: WorkQueue
+        self.settings: Settings
+
+    def start_api(self) -> None:
+        self.running = asyncio.create_task(
+            service.run(self.settings, self.nats.credentials["api"], stop=self.stop)
+        )
+
+    async def restart_api(self) -> None:
+        """Let it end, and start another one in its place."""
+        self.stop.set()
+        await asyncio.wait_for(self.running, 20)
+        self.stop.clear()
+        self.start_api()
 
     async def ask(self, **more: Any) -> httpx.Response:
         return await self.http.post("/v1/chat/completions", json=CHAT | more)
@@ -66,6 +79,7 @@ async def running_stack(nats: NatsServer, timeout_s: float) -> AsyncIterator[Sta
         request_timeout_s=timeout_s,
         max_queued_per_model=MAX_QUEUED,
         max_body_bytes=100_000,
+        max_file_bytes=20_000_000,
     )
     stack = Stack(nats, f"http://127.0.0.1:{port}")
     buses = {
@@ -77,9 +91,8 @@ async def running_stack(nats: NatsServer, timeout_s: float) -> AsyncIterator[Sta
     await stack.withdrawals.start(buses["admin"])
     stack.scheduler = ScriptedScheduler(buses["scheduler"])
     stack.agent = ScriptedAgent(buses["agent"])
-    stack.running = asyncio.create_task(
-        service.run(Settings(api=api), nats.credentials["api"], stop=stack.stop)
-    )
+    stack.settings = Settings(api=api)
+    stack.start_api()
     await stack.until(lambda got: got[0] == 503)
     await stack.scheduler.lead()
     await stack.agent.start()

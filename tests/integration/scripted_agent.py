@@ -107,8 +107,11 @@ class ScriptedAgent:
         record = ResidencyRecord(GPU, model, state, generation=1, changed_at=time.time())
         await residency.put(names.replica_key(GPU, model), record)
 
-    async def pull(self, model: str, num_free: int = 8) -> None:
-        puller = self.pullers[model] = Puller(self.bus, model, self.deliveries.put)
+    async def pull(
+        self, model: str, num_free: int = 8, klass: names.RequestClass = "interactive"
+    ) -> None:
+        puller = Puller(self.bus, model, self.deliveries.put, klass)
+        self.pullers[f"{klass}.{model}"] = puller
         await puller.start()
         await puller.want(num_free)
 
