@@ -72,9 +72,11 @@ class Log:
         await self.until_true(lambda: bool(self.all(kind, after, **wanted)), f"{kind} {wanted}")
         return self.all(kind, after, **wanted)[0]
 
-    async def until_true(self, condition: Callable[[], bool], what: str = "") -> None:
+    async def until_true(
+        self, condition: Callable[[], bool], what: str = "", patience_s: float = PATIENCE_S
+    ) -> None:
         try:
-            async with asyncio.timeout(PATIENCE_S), self._grown:
+            async with asyncio.timeout(patience_s), self._grown:
                 await self._grown.wait_for(condition)
         except TimeoutError:
             story = "\n".join(map(str, self.items))
