@@ -243,8 +243,8 @@ class ClusterState:
         if line is None:
             line = self.waiting[waiter.model] = WaitingLine()
         tenant = waiter.tenant
-        is_charged = tenant is not None and waiter.klass == "interactive"
-        if is_charged and self.config.fair_shares and waiter.request_id not in line:
+        is_shared = self.config.fair_shares and waiter.klass == "interactive"
+        if tenant is not None and is_shared and waiter.request_id not in line:
             if self.shares.is_beyond(tenant):
                 waiter = msgspec.structs.replace(waiter, put_back_s=self.config.put_back_s)
             self.shares.charge(tenant, now)

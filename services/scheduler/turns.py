@@ -85,6 +85,9 @@ class Turn(msgspec.Struct, frozen=True):
         return self.since + self.put_back_s
 
 
+_Part: TypeAlias = "tuple[SortedKeyList[tuple[_Key, Turn], _Key], list[tuple[_Key, Turn]]]"
+
+
 class Line:
     """All turns in order. `refresh` files those of models whose waiters or replicas changed."""
 
@@ -145,9 +148,9 @@ class Line:
 
     def in_order(self, now: float, starvation_s: float, most: int) -> Iterator[Turn]:
         """Whose turn it is at ``now``; of long lines ``most`` of each part."""
-        put_off = []  # of class batch, in all priorities
+        put_off: list[_Part] = []  # of class batch, in all priorities
         for _, levels in groupby(list(self._levels.items()), key=_priority):
-            parts = []
+            parts: list[_Part] = []
             all_starving: list[tuple[_Key, Turn]] = []
             for (_, kind), level in levels:
                 late = list(islice(level.irange_key(None, _at(now)), most))
@@ -231,8 +234,8 @@ def turns_of(state: "ClusterState", model: str) -> list[Turn]:
         if is_batch:
             since, due_at = replica.host_since, max(replica.host_since, replica.batch_late_at)
             put_back_s = due_at - since
-        who = (model, replica.gpu, since, request_id, due_at, priority)
-        turns.append(Turn(*who, put_back_s=put_back_s, is_batch=is_batch))
+        place = (model, replica.gpu, since, request_id, due_at, priority)
+        turns.append(Turn(*place, put_back_s=put_back_s, is_batch=is_batch))
     if first and not suspended:
         waiter = first.earliest
         who = (model, "", waiter.at, waiter.request_id)

@@ -3,19 +3,19 @@
 import asyncio
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
 from openai.types import Batch
 
 from schemas.events import RequestWithdrawn
-from services.api.batches import run as batch_run
+from services.api.batches import work
 from tests.integration.api_stack import MODEL, Stack, error_of
 from tests.integration.scripted_agent import GenerateDelivery
 
 PATIENCE_S = 15.0
-CHAT = "/v1/chat/completions"
+CHAT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
 
 
 def line(custom_id: str, text: str = "hi", model: str = MODEL, **more: Any) -> dict[str, Any]:
@@ -203,7 +203,7 @@ async def test_a_run_without_a_whole_answer_is_run_again_and_counts_once(stack: 
 async def test_a_request_that_is_lost_is_noticed(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_run, "LOOK_EVERY_S", 0.2)
+    monkeypatch.setattr(work, "LOOK_EVERY_S", 0.2)
     await stack.agent.pull(MODEL, 8, "batch")
     batch = await submit(stack, jsonl(line("a", "text")))
     await (await stack.agent.next()).ack()  # and never a word

@@ -7,6 +7,7 @@ so a batch must say the same.
 import asyncio
 import json
 from collections.abc import Iterator
+from typing import Literal
 
 import openai
 import pytest
@@ -21,7 +22,7 @@ MODELS = ("llama", "falcon")
 NUM_LINES = 40
 NUM_TOKENS = 40
 PATIENCE_S = 120.0
-TOGETHER = "/v1/completions"
+ENDPOINT: Literal["/v1/completions"] = "/v1/completions"
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +54,13 @@ def asked(number: int, num_tokens: int = NUM_TOKENS) -> dict[str, object]:
 
 async def submit(client: openai.AsyncOpenAI, bodies: list[dict[str, object]]) -> Batch:
     lines = [
-        {"custom_id": f"line-{i}", "method": "POST", "url": TOGETHER, "body": body}
+        {"custom_id": f"line-{i}", "method": "POST", "url": ENDPOINT, "body": body}
         for i, body in enumerate(bodies)
     ]
     data = b"\n".join(json.dumps(line).encode() for line in lines)
     file = await client.files.create(file=("in.jsonl", data), purpose="batch")
     return await client.batches.create(
-        input_file_id=file.id, endpoint=TOGETHER, completion_window="24h"
+        input_file_id=file.id, endpoint=ENDPOINT, completion_window="24h"
     )
 
 
