@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import msgspec
 
-from schemas import admin, commands, events, names, requests, state, stream
+from schemas import admin, batches, commands, events, names, requests, state, stream
 
 Json: TypeAlias = dict[str, Any]
 MessageType: TypeAlias = type[msgspec.Struct]
@@ -36,6 +36,9 @@ _PARAMETERS: dict[str, Json] = {
     "model": {"description": "Model name; every byte outside [A-Za-z0-9_-] is written =HH."},
     "gpu": {"description": "GPU name, escaped like a model name."},
     "action": {"description": "What is wanted: the last part of the message's `type`."},
+    "batch": {"description": "The batch's id."},
+    "line": {"description": "Number of a line of its input file, from 1."},
+    "file": {"description": "The file's id."},
     "kind": {"description": "What happened: the last part of the message's `type`."},
 }
 
@@ -75,7 +78,8 @@ CHANNELS = (
     Channel(
         "requests",
         _template(names.request_subject("batch", "MODEL").replace("batch", "CLASS")),
-        f"Work queue of a model (stream {names.STREAM_REQUESTS}). Agents that hold the model pull "
+        f"Work queue of a model (stream {names.STREAM_REQUESTS}, in memory; of class batch "
+        f"{names.STREAM_BATCH}, in files). Agents that hold the model pull "
         "as many as their batch has free slots; the message is acknowledged when its request ends.",
         get_args(requests.Request),
     ),
@@ -105,6 +109,13 @@ CHANNELS = (
         "Core NATS. On the reply subject of a Resuming chunk: where an agent is to go on with a "
         "request that it was given again.",
         (stream.ResumeFrom,),
+    ),
+    Channel(
+        "results",
+        _template(names.result_subject("BATCH", "LINE")),
+        f"The `reply_to` of requests of class batch, kept in stream {names.STREAM_RESULTS} until "
+        "their batch has ended. The tokens of an answer come as one.",
+        get_args(stream.Chunk),
     ),
     Channel(
         "commands",
@@ -161,10 +172,18 @@ CHANNELS = (
     _bucket(names.BUCKET_RESIDENCY, "<gpu>.<model>: what is", state.ResidencyRecord),
     _bucket(
         names.BUCKET_LEASES,
-        f"{names.LEADER_KEY} and {_template(names.agent_lease_key('GPU'))}: who leads, who lives. "
+        f"{names.LEADER_KEY}, {names.BATCHES_KEY} and {_template(names.agent_lease_key('GPU'))}: "
+        "who leads, who lives. "
         "An entry expires unless its holder renews it",
         state.LeaseRecord,
     ),
+    _bucket(
+        names.BUCKET_FILES,
+        f"<file>: what was uploaded, or written by batches; the bytes are on "
+        f"{_template(names.file_subject('FILE'))} (stream {names.STREAM_FILES}), in chunks",
+        batches.FileRecord,
+    ),
+    _bucket(names.BUCKET_BATCHES, "<batch>: what became of it", batches.BatchRecord),
 )
 
 OPERATIONS = (
@@ -176,6 +195,12 @@ OPERATIONS = (
     Operation("api", "send", "events", "Report requests taken back.", (events.RequestWithdrawn,)),
     Operation("api", "send", "admin", "Ask for changes of deployments."),
     Operation("api", "receive", "admin_reply", "Learn what became of it."),
+    Operation("api", "receive", "results", "Collect what batches were answered."),
+    Operation("api", "send", "files", "Record files."),
+    Operation("api", "receive", "files", "Show files."),
+    Operation("api", "send", "batches", "Record what became of batches."),
+    Operation("api", "receive", "batches", "Show batches, and go on with them."),
+    Operation("api", "send", "leases", "Hold the lease of whoever drives batches."),
     Operation("api", "receive", "models", "Know which models exist."),
     Operation("api", "receive", "residency", "Show each model's state."),
     Operation("api", "receive", "leases", "Know whether a leader and agents are there."),
@@ -204,6 +229,7 @@ OPERATIONS = (
     Operation("agent", "receive", "requests", "Pull requests for resident models."),
     Operation("agent", "send", "reply", "Stream the answer."),
     Operation("agent", "receive", "resume", "Go on behind the tokens that the api has."),
+    Operation("agent", "send", "results", "Answer a request of class batch."),
     Operation("agent", "receive", "cancel", "Stop a running request."),
     Operation("agent", "receive", "commands", "Carry out the leader's commands."),
     Operation("agent", "receive", "verify", "Check a model's weights."),

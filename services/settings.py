@@ -85,11 +85,13 @@ class ApiSettings(_Section, frozen=True):
     max_body_bytes: int = 4 * 2**20
     max_queued_per_model: int = 1000
     progress_after_s: float = 1.0  # a stream that waits longer tells of its wait; 0: never
+    max_file_bytes: int = 100 * 2**20  # of one that is uploaded for a batch
 
     def __post_init__(self) -> None:
         _port(self)
         _positive(self, "request_timeout_s", "max_body_bytes", "max_queued_per_model")
         _not_negative(self, "progress_after_s")
+        _positive(self, "max_file_bytes")
 
 
 class NatsSettings(_Section, frozen=True):

@@ -4,7 +4,7 @@ from importlib import resources
 from typing import Annotated, Any
 
 import msgspec
-from litestar import Litestar, Request, Response, get, post
+from litestar import Litestar, Request, Response, Router, get, post
 from litestar.datastructures import State
 from litestar.exceptions import InternalServerException
 from litestar.params import Parameter
@@ -13,6 +13,8 @@ from opentelemetry import trace
 
 from schemas.requests import Prompt, SamplingParams
 from services.api import deployments, errors, openapi
+from services.api.batches.http import HANDLERS as BATCH_HANDLERS
+from services.api.batches.http import Store, create_file
 from services.api.call import Call
 from services.api.catalog import Catalog
 from services.api.embeddings import parse_embeddings, respond_embeddings
@@ -33,7 +35,7 @@ HttpRequest = Request[Any, Any, State]
 
 # A queued request is its body without the fields that agents do not need, plus ids and a reply
 # subject; together with the headers these are well below this.
-_ENVELOPE_BYTES = 16 * 1024
+ENVELOPE_BYTES = 16 * 1024
 
 
 def build(
@@ -41,6 +43,7 @@ def build(
     catalog: Catalog,
     relay: Relay,
     progress: Progress,
+    store: Store,
     *,
     max_body_bytes: int,
     progress_after_s: float,
@@ -54,6 +57,8 @@ def build(
             list_models,
             get_model,
             *deployments.HANDLERS,
+            Router("/", route_handlers=[create_file], request_max_body_size=store.max_body_bytes),
+            *BATCH_HANDLERS,
             healthz,
             readyz,
             schema_page,
@@ -62,7 +67,7 @@ def build(
         exception_handlers=errors.EXCEPTION_HANDLERS,
         openapi_config=None,  # ours is made from the wire structs, see services.api.openapi
         logging_config=None,
-        request_max_body_size=min(max_body_bytes, bus.max_payload - _ENVELOPE_BYTES),
+        request_max_body_size=min(max_body_bytes, bus.max_payload - ENVELOPE_BYTES),
         state=State(
             {
                 "bus": bus,
@@ -70,6 +75,7 @@ def build(
                 "relay": relay,
                 "progress": progress,
                 "progress_after_s": progress_after_s,
+                "store": store,
             }
         ),
     )

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from services.api import fields, openai, openapi_deployments
+from services.api.batches import described
 from services.api.errors import ErrorBody
 from services.api.fields import Endpoint
 
@@ -20,12 +21,14 @@ _REF = "#/components/schemas/{name}"
 
 _ERRORS = {
     400: "The request is wrong: malformed JSON, a wrong type or value, an unsupported field.",
-    404: "No such model, or no such endpoint.",
+    404: "No such model, file or batch, or no such endpoint.",
+    409: "Not as things stand: the file is in use, or the batch has ended.",
     413: "The request body is too large.",
     429: "The model's queue is full; see Retry-After.",
     500: "The engine failed.",
     503: "The model can not be served, or the service is not ready; see Retry-After.",
     504: "No complete answer in time.",
+    507: "No room for the file.",
 }
 
 _ANSWER_HEADERS = {
@@ -95,6 +98,7 @@ def build() -> Json:
                 }
             },
             **openapi_deployments.paths(),
+            **described.paths(_of, _errors),
             "/healthz": {"get": _health("healthz", "Is the process alive?")},
             "/readyz": {
                 "get": _health("readyz", "Could a request be answered?", "What is missing.")
@@ -142,7 +146,7 @@ def _answer(
                 },
                 "content": content,
             },
-            **_errors(*_ERRORS),
+            **_errors(*(status for status in _ERRORS if status not in (409, 507))),
         },
     }
 
@@ -189,7 +193,7 @@ def _of(kind: type[msgspec.Struct]) -> Json:
 
 
 def _schemas() -> Json:
-    kinds = (
+    kinds: tuple[type[msgspec.Struct], ...] = (
         openai.ChatCompletionRequest,
         openai.ChatCompletion,
         openai.ChatCompletionChunk,
@@ -198,6 +202,7 @@ def _schemas() -> Json:
         openai.EmbeddingRequest,
         openai.EmbeddingList,
         openai.ModelList,
+        *described.KINDS,
         ErrorBody,
         *openapi_deployments.KINDS,
     )

@@ -1,6 +1,7 @@
 """The api as a process: bus, catalog, relay, HTTP server, and an orderly end.
 
-start   bind the port -> connect -> declare streams -> watch KV -> listen for replies -> serve
+start   bind the port -> connect -> declare streams -> watch KV -> listen for replies -> serve,
+        and drive batches if no other api does
 stop    accept no more -> open requests may end -> end the rest -> close the bus
 """
 
@@ -13,12 +14,17 @@ from collections.abc import Generator
 import uvicorn
 from litestar.types import ASGIApp
 
-from services.api.app import build
+from schemas import names
+from schemas.batches import BatchRecord
+from services.api.app import ENVELOPE_BYTES, build
+from services.api.batches.driver import Driver
+from services.api.batches.files import Files
+from services.api.batches.http import Store
 from services.api.catalog import Catalog
 from services.api.progress import Progress
 from services.api.relay import Relay
 from services.api.waits import Waits
-from services.bus import Bus, BusError, BusOptions, declare
+from services.bus import Bucket, Bus, BusError, BusOptions, declare
 from services.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -53,6 +59,10 @@ async def run(settings: Settings, bus_options: BusOptions, *, stop: asyncio.Even
     relay = Relay(bus, api.request_timeout_s, api.max_queued_per_model, after)
     catalog = Catalog(bus, relay.model_failed, after)
     progress = Progress(bus, waits, catalog.states)
+    store = Store(Files(bus), Bucket(bus, names.BUCKET_BATCHES, BatchRecord), api.max_file_bytes)
+    max_body_bytes = min(api.max_body_bytes, bus.max_payload - ENVELOPE_BYTES)
+    driver = Driver(bus, catalog, store.files, store.batches, max_body_bytes)
+    driving: asyncio.Task[None] | None = None
     try:
         await declare(bus, api.max_queued_per_model)
         await waits.start()
@@ -64,12 +74,17 @@ async def run(settings: Settings, bus_options: BusOptions, *, stop: asyncio.Even
             catalog,
             relay,
             progress,
+            store,
             max_body_bytes=api.max_body_bytes,
             progress_after_s=api.progress_after_s,
         )
+        driving = asyncio.create_task(driver.run())
         await _serve(app, listener, relay, stop)
     finally:
         listener.close()
+        if driving:
+            driving.cancel()
+            await asyncio.gather(driving, return_exceptions=True)
         await relay.drain(0)
         await relay.close()
         await progress.stop()

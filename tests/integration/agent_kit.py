@@ -74,9 +74,11 @@ class Log:
         await self.until_true(lambda: bool(self.all(kind, after, **wanted)), f"{kind} {wanted}")
         return self.all(kind, after, **wanted)[0]
 
-    async def until_true(self, condition: Callable[[], bool], what: str = "") -> None:
+    async def until_true(
+        self, condition: Callable[[], bool], what: str = "", patience_s: float = PATIENCE_S
+    ) -> None:
         try:
-            async with asyncio.timeout(PATIENCE_S), self._grown:
+            async with asyncio.timeout(patience_s), self._grown:
                 await self._grown.wait_for(condition)
         except TimeoutError:
             story = "\n".join(map(str, self.items))
@@ -193,6 +195,7 @@ class Agent:
         answers: bool = True,
         verdict: Literal["run", "cancel", "drop"] = "run",
         attempts_before: int = 0,
+        klass: names.RequestClass = "interactive",
     ) -> Log:
         """Queue a request; its chunks appear in the log. ``answers``: with ``verdict``, when an
         agent asks what is known of it.
@@ -216,7 +219,7 @@ class Agent:
         request = GenerateRequest(
             name,
             model,
-            "interactive",
+            klass,
             *what,
             reply_to,
             now,
@@ -246,7 +249,7 @@ class Agent:
         queue = WorkQueue(self._buses["scheduler"])
 
         async def is_empty() -> bool:
-            return not (await queue.depths())[0]
+            return not (await queue.depths())[0] and not (await queue.depths("batch"))[0]
 
         await eventually(is_empty, "an empty queue")
 

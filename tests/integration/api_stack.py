@@ -37,6 +37,18 @@ class Stack:
         self.scheduler: ScriptedScheduler
         self.queue: WorkQueue
         self.proxy = TcpProxy(nats.credentials["api"].url)
+        self.settings: Settings
+
+    def start_api(self) -> None:
+        options = msgspec.structs.replace(self.nats.credentials["api"], url=self.proxy.url)
+        self.running = asyncio.create_task(service.run(self.settings, options, stop=self.stop))
+
+    async def restart_api(self) -> None:
+        """Let it end, and start another one in its place."""
+        self.stop.set()
+        await asyncio.wait_for(self.running, 20)
+        self.stop.clear()
+        self.start_api()
 
     async def ask(self, **more: Any) -> httpx.Response:
         return await self.http.post("/v1/chat/completions", json=CHAT | more)
@@ -81,6 +93,7 @@ async def running_stack(
         max_queued_per_model=MAX_QUEUED,
         max_body_bytes=100_000,
         progress_after_s=progress_after_s,
+        max_file_bytes=20_000_000,
     )
     stack = Stack(nats, f"http://127.0.0.1:{port}")
     buses = {
@@ -93,8 +106,8 @@ async def running_stack(
     stack.scheduler = ScriptedScheduler(buses["scheduler"])
     stack.agent = ScriptedAgent(buses["agent"])
     await stack.proxy.start()
-    options = msgspec.structs.replace(nats.credentials["api"], url=stack.proxy.url)
-    stack.running = asyncio.create_task(service.run(Settings(api=api), options, stop=stack.stop))
+    stack.settings = Settings(api=api)
+    stack.start_api()
     await stack.until(lambda got: got[0] == 503)
     await stack.scheduler.lead()
     await stack.agent.start()

@@ -20,7 +20,7 @@ import msgspec
 import pytest
 
 import schemas
-from schemas import admin, commands, decisions, events, requests, state, stream
+from schemas import admin, batches, commands, decisions, events, requests, state, stream
 
 GOLDEN = Path(__file__).parent / "golden" / "messages.jsonl"
 
@@ -87,6 +87,7 @@ REPLICA = state.ReplicaStatus(
     reason="checksum",
     cached_bytes=4_194_304,
     settings="246270781ae129ef",
+    batch_in_flight=1,
 )
 SAMPLING = requests.SamplingParams(
     seed=42,
@@ -172,6 +173,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         attempt=1,
         queue_wait_s=0.75,
         tenant=TENANT,
+        klass="batch",
     ),
     events.RequestEnded(
         gpu="gpu0",
@@ -185,6 +187,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         error="engine_failed",
         tenant=TENANT,
         prefix_tokens=11,
+        klass="batch",
     ),
     events.RequestWithdrawn(model="m", request_id="req-1", at=AT, reason="client_left"),
     events.LeaderElected(holder="scheduler-1", epoch=5, at=AT),
@@ -306,6 +309,33 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     admin.SwapOutDeployment(model="m", who="http", gpu="gpu0"),
     admin.MoveDeployment(model="m", source="gpu0", gpu="gpu1", until=AT, who="http"),
     admin.AdminAnswer(outcome="conflict", reason="no room", revision=42, created=True),
+    batches.FileRecord(
+        file="file-1",
+        filename="in.jsonl",
+        purpose="batch",
+        num_bytes=4096,
+        created_at=1767225600,
+        expires_at=1769817600,
+        tenant=TENANT,
+    ),
+    batches.BatchRecord(
+        batch="batch_1",
+        endpoint="/v1/chat/completions",
+        input_file="file-1",
+        completion_window="24h",
+        created_at=1767225600,
+        expires_at=1767312000,
+        status="completed",
+        reached={"in_progress": 1767225601, "completed": 1767229200},
+        metadata={"night": "1"},
+        tenant=TENANT,
+        num_requests=3,
+        num_completed=2,
+        num_failed=1,
+        output_file="file-2",
+        error_file="file-3",
+        errors=(batches.BatchError("invalid_url", "url must be ...", line=2, param="url"),),
+    ),
 )
 
 
@@ -371,7 +401,7 @@ def test_tokens_of_those_who_ask_for_no_log_probabilities_do_not_grow() -> None:
 
 def test_requests_and_events_of_those_who_know_no_tenants_still_decode() -> None:
     told = [example for example in EXAMPLES if getattr(example, "tenant", "")]
-    assert len({type(example) for example in told}) == 4
+    assert len({type(example) for example in told}) == 6
     for example in told:
         fields = json.loads(msgspec.json.encode(example))
         del fields["tenant"]
