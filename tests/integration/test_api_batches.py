@@ -2,17 +2,20 @@
 
 import asyncio
 import json
+import struct
 from collections.abc import Callable
 from typing import Any, Literal
 
+import msgspec
 import openai
 import pytest
 from openai.types import Batch
 
 from schemas.events import RequestWithdrawn
-from services.api.batches import work
+from schemas.stream import Vectors
+from services.api.batches import wire, work
 from tests.integration.api_stack import MODEL, Stack, error_of
-from tests.integration.scripted_agent import GenerateDelivery
+from tests.integration.scripted_agent import FACTS, GenerateDelivery
 
 PATIENCE_S = 15.0
 CHAT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
@@ -238,6 +241,46 @@ async def test_cancelling_keeps_what_was_answered(stack: Stack) -> None:
     assert isinstance(withdrawn, RequestWithdrawn)
     with pytest.raises(openai.ConflictError):
         await stack.openai.batches.cancel(batch.id)
+
+
+async def test_what_the_window_leaves_over_has_expired(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "MIN_WINDOW_S", 1)
+    monkeypatch.setitem(wire._SECONDS, "m", 2)  # a short minute
+    await stack.agent.pull(MODEL, 1, "batch")
+    file = await stack.openai.files.create(
+        file=("in.jsonl", jsonl(line("a"), line("b"))), purpose="batch"
+    )
+    batch = await stack.openai.batches.create(
+        input_file_id=file.id,
+        endpoint=CHAT,
+        completion_window="1m",  # type: ignore[arg-type]
+    )
+    await answer(stack, await stack.agent.next())
+    done = await ended(stack, batch)
+    assert (done.status, done.expires_at) == ("expired", batch.created_at + 2)
+    assert len(await lines_of(stack, done.output_file_id)) == 1
+    [late] = await lines_of(stack, done.error_file_id)
+    assert (late["response"], late["error"]["code"]) == (None, "batch_expired")
+    assert (await stack.queue.depths("batch"))[0] == {}
+
+
+async def test_a_batch_of_embeddings(stack: Stack) -> None:
+    await stack.scheduler.deploy("embeds", msgspec.structs.replace(FACTS, runner="embed"))
+    await stack.agent.pull("embeds", 1, "batch")
+    body = {"model": "embeds", "input": ["x", "y"]}
+    asked = {"custom_id": "e", "method": "POST", "url": "/v1/embeddings", "body": body}
+    file = await stack.openai.files.create(file=("in.jsonl", jsonl(asked)), purpose="batch")
+    batch = await stack.openai.batches.create(
+        input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h"
+    )
+    delivery, request = await stack.agent.next_embed()
+    chunk = Vectors(request.request_id, 1, 0, 1, struct.pack("<2f", 1.0, 2.0))
+    await stack.agent.bus.publish(request.reply_to, chunk)
+    await stack.agent.finished(delivery, 0)
+    [found] = await lines_of(stack, (await ended(stack, batch)).output_file_id)
+    assert [one["embedding"] for one in found["response"]["body"]["data"]] == [[1.0], [2.0]]
 
 
 async def test_the_input_of_a_running_batch_stays(stack: Stack) -> None:
