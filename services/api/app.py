@@ -1,5 +1,6 @@
 """The routes. Parsing, waiting and answering are elsewhere; here they are put together."""
 
+from collections.abc import Callable
 from importlib import resources
 from typing import Annotated, Any
 
@@ -15,6 +16,9 @@ from services.api import errors, openapi
 from services.api.catalog import Catalog
 from services.api.embeddings import parse_embeddings, respond_embeddings
 from services.api.errors import ApiError
+from services.api.guard import key_of
+from services.api.keyring import Keyring
+from services.api.keys_routes import KEY_ROUTES
 from services.api.openai import ModelList
 from services.api.parsing import Parsed, parse_chat, parse_completion
 from services.api.relay import Relay
@@ -31,8 +35,18 @@ HttpRequest = Request[Any, Any, State]
 _ENVELOPE_BYTES = 16 * 1024
 
 
-def build(bus: Bus, catalog: Catalog, relay: Relay, max_body_bytes: int) -> ASGIApp:
-    """The ASGI application over a connected bus, a started catalog and a started relay."""
+def build(
+    bus: Bus,
+    catalog: Catalog,
+    relay: Relay,
+    max_body_bytes: int,
+    keyring: Keyring,
+    guard: Callable[[ASGIApp], ASGIApp],
+) -> ASGIApp:
+    """The ASGI application over a connected bus, and a catalog, a relay and a keyring that run.
+
+    ``guard``: what is put around it.
+    """
     app = Litestar(
         route_handlers=[
             chat_completions,
@@ -44,14 +58,15 @@ def build(bus: Bus, catalog: Catalog, relay: Relay, max_body_bytes: int) -> ASGI
             readyz,
             schema_page,
             openapi_json,
+            *KEY_ROUTES,
         ],
         exception_handlers=errors.EXCEPTION_HANDLERS,
         openapi_config=None,  # ours is made from the wire structs, see services.api.openapi
         logging_config=None,
         request_max_body_size=min(max_body_bytes, bus.max_payload - _ENVELOPE_BYTES),
-        state=State({"bus": bus, "catalog": catalog, "relay": relay}),
+        state=State({"bus": bus, "catalog": catalog, "relay": relay, "keyring": keyring}),
     )
-    return Traced(app)
+    return Traced(guard(app))
 
 
 # -- answers from models -------------------------------------------------------------------
@@ -76,7 +91,7 @@ async def embeddings(request: HttpRequest, state: State) -> ASGIApp:
     trace.get_current_span().set_attribute(ATTR_MODEL, parsed.model)
     catalog: Catalog = state.catalog
     relay: Relay = state.relay
-    catalog.require(parsed.model, "embed", parsed.dimensions or 0)
+    catalog.require(parsed.model, "embed", parsed.dimensions or 0, key=key_of(request.scope))
     request_id = request_id_of(request.scope)
     tenant = tenant_of(request.headers.get("authorization"))
     what = (parsed.model, parsed.inputs, parsed.dimensions)
@@ -95,7 +110,7 @@ async def _generate(request: HttpRequest, state: State, parsed: Parsed) -> ASGIA
     trace.get_current_span().set_attribute(ATTR_MODEL, parsed.model)
     catalog: Catalog = state.catalog
     relay: Relay = state.relay
-    catalog.require(parsed.model)
+    catalog.require(parsed.model, key=key_of(request.scope))
     request_id = request_id_of(request.scope)
     tenant = tenant_of(request.headers.get("authorization"))
     what = (parsed.model, parsed.prompt, parsed.sampling)
@@ -107,19 +122,21 @@ async def _generate(request: HttpRequest, state: State, parsed: Parsed) -> ASGIA
 
 
 @get("/v1/models")
-async def list_models(state: State) -> Response[bytes]:
-    """Every deployment, with where it is."""
+async def list_models(request: HttpRequest, state: State) -> Response[bytes]:
+    """Every deployment that the key allows, with where it is."""
     catalog: Catalog = state.catalog
-    return _json(ModelList(catalog.models()))
+    return _json(ModelList(catalog.models(key_of(request.scope))))
 
 
 @get("/v1/models/{model_id:path}")
 async def get_model(
-    state: State, model_id: Annotated[str, Parameter(description="may hold slashes")]
+    request: HttpRequest,
+    state: State,
+    model_id: Annotated[str, Parameter(description="may hold slashes")],
 ) -> Response[bytes]:
     """One deployment, with where it is."""
     catalog: Catalog = state.catalog
-    return _json(catalog.model(str(model_id).removeprefix("/")))
+    return _json(catalog.model(str(model_id).removeprefix("/"), key_of(request.scope)))
 
 
 # -- health --------------------------------------------------------------------------------

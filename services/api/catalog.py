@@ -1,15 +1,15 @@
 """What exists and where it is: deployments, residency and leases, watched in KV.
 
 The scheduler writes deployments, agents write residency, both hold leases; this is a read-only
-copy. After a reconnect every present value comes again, and what did not come is gone
-(its expiry may have passed while nobody told us).
+copy. Whoever comes with an API key sees the deployments that it allows, as if there were no others.
 """
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Generic, TypeVar, get_args
+from typing import get_args
 
 from schemas import names
+from schemas.keys import KeyRecord
 from schemas.state import (
     DeploymentRecord,
     LeaseRecord,
@@ -18,14 +18,14 @@ from schemas.state import (
     Runner,
 )
 from services.api import errors
+from services.api.mirror import Mirror
 from services.api.openai import HotswapInfo, Model
+from services.api.refusals import model_not_allowed
 from services.api.waits import RetryAfter, unknown
-from services.bus import Bucket, Bus, Entry
-from services.bus.connection import Hook
+from services.bus import Bus
+from services.keys import allows
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # Which replica would answer first.
 _NEAREST: tuple[ReplicaState, ...] = (
@@ -45,42 +45,6 @@ _AGENT_PREFIX = names.agent_lease_key("x").removesuffix("x")
 OnUnavailable = Callable[[str, str], None]
 
 
-class _Mirror(Generic[T]):
-    """A bucket's present values by key."""
-
-    def __init__(
-        self, bus: Bus, bucket: str, kind: type[T], changed: Callable[[str, T | None], None]
-    ) -> None:
-        self._bus = bus
-        self._bucket = Bucket(bus, bucket, kind)
-        self._changed = changed
-        self._seen: set[str] = set()
-        self.values: dict[str, T] = {}
-
-    async def start(self) -> list[Callable[[], object]]:
-        """Watch; returns the undoing of its reconnect hooks and of the watch."""
-        before = self._bus.on_reconnect(self._forget_seen)
-        stop: Hook = await self._bucket.watch(self._on_entry)
-        after = self._bus.on_reconnect(self._drop_unseen)  # hooks run in this order
-        return [before, stop, after]
-
-    async def _on_entry(self, entry: Entry[T]) -> None:
-        self._seen.add(entry.key)
-        if entry.value is None:
-            self.values.pop(entry.key, None)
-        else:
-            self.values[entry.key] = entry.value
-        self._changed(entry.key, entry.value)
-
-    async def _forget_seen(self) -> None:
-        self._seen.clear()
-
-    async def _drop_unseen(self) -> None:
-        for key in [key for key in self.values if key not in self._seen]:
-            del self.values[key]
-            self._changed(key, None)
-
-
 class Catalog:
     """``on_unavailable(model, reason)`` is called when a deployment fails or goes away."""
 
@@ -89,11 +53,11 @@ class Catalog:
     ) -> None:
         self._on_unavailable = on_unavailable
         self._retry_after_s = retry_after_s
-        self._deployments = _Mirror(bus, names.BUCKET_MODELS, DeploymentRecord, self._on_deployment)
-        self._residency = _Mirror(
+        self._deployments = Mirror(bus, names.BUCKET_MODELS, DeploymentRecord, self._on_deployment)
+        self._residency = Mirror(
             bus, names.BUCKET_RESIDENCY, ResidencyRecord, lambda key, record: None
         )
-        self._leases = _Mirror(bus, names.BUCKET_LEASES, LeaseRecord, lambda key, record: None)
+        self._leases = Mirror(bus, names.BUCKET_LEASES, LeaseRecord, lambda key, record: None)
         self._undo: list[Callable[[], object]] = []
 
     async def start(self) -> None:
@@ -106,16 +70,24 @@ class Catalog:
             if isinstance(waiting := undo(), Awaitable):
                 await waiting
 
-    def require(self, model: str, runner: Runner = "generate", dimensions: int = 0) -> None:
+    def require(
+        self,
+        model: str,
+        runner: Runner = "generate",
+        dimensions: int = 0,
+        *,
+        key: KeyRecord | None = None,
+    ) -> None:
         """Raise ApiError unless such requests for ``model`` can be queued.
 
         What no agent has looked at yet may pass; the engine refuses it then. ``dimensions``: that
-        vectors must have at least.
+        vectors must have at least. ``key``: whose request it is.
         """
+        if not allows(key, model):
+            raise model_not_allowed(key, model)
         record = self._deployments.values.get(names.escape(model)) if model else None
         if record is None:
-            existing = sorted(one.spec.name for one in self._deployments.values.values())
-            raise errors.model_not_found(model, existing)
+            raise errors.model_not_found(model, self._names(key))
         if record.status == "failed":
             raise errors.model_unavailable(model, record.reason, self._retry_after_s(model))
         known = record.facts.runner if record.facts else record.spec.runner
@@ -125,18 +97,21 @@ class Catalog:
             words = f"dimensions = {dimensions}: vectors of model {model!r} have "
             raise errors.invalid("dimensions", f"{words}{record.facts.dimensions}.")
 
-    def models(self) -> list[Model]:
-        """All deployments, by name."""
-        records = sorted(self._deployments.values.values(), key=lambda record: record.spec.name)
-        return [self._describe(record) for record in records]
+    def models(self, key: KeyRecord | None = None) -> list[Model]:
+        """All deployments that ``key`` allows, by name."""
+        return [self.model(name) for name in self._names(key)]
 
-    def model(self, name: str) -> Model:
+    def model(self, name: str, key: KeyRecord | None = None) -> Model:
         """One deployment. Raises ApiError (404)."""
-        for record in self._deployments.values.values():
-            if record.spec.name == name:
-                return self._describe(record)
-        existing = sorted(one.spec.name for one in self._deployments.values.values())
-        raise errors.model_not_found(name, existing)
+        record = self._deployments.values.get(names.escape(name)) if name else None
+        if record is None or not allows(key, name):
+            raise errors.model_not_found(name, self._names(key))
+        return self._describe(record)
+
+    def max_model_len(self, model: str) -> int | None:
+        """The context length of a deployment; None: not known yet."""
+        record = self._deployments.values.get(names.escape(model)) if model else None
+        return record.facts.max_model_len if record and record.facts else None
 
     def missing(self) -> list[str]:
         """What is not there yet and must be before requests can be answered."""
@@ -146,6 +121,10 @@ class Catalog:
         if not self._live_gpus():
             out.append("no GPU agent is alive")
         return out
+
+    def _names(self, key: KeyRecord | None) -> list[str]:
+        found = (record.spec.name for record in self._deployments.values.values())
+        return sorted(name for name in found if allows(key, name))
 
     def _live_gpus(self) -> set[str]:
         return {

@@ -79,6 +79,7 @@ BUCKETS = (
     names.BUCKET_PLACEMENT,
     names.BUCKET_RESIDENCY,
     names.BUCKET_LEASES,
+    names.BUCKET_KEYS,
 )
 
 
