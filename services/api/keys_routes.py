@@ -1,10 +1,11 @@
 """``/v1/keys``: API keys made, listed, changed and withdrawn. For admins (`guard` sees to it)."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from litestar import Request, Response, delete, get, patch, post
 from litestar.datastructures import State
+from litestar.params import Parameter
 from msgspec import UNSET, UnsetType
 
 from schemas.keys import KeyRecord, Role
@@ -16,6 +17,7 @@ from services.api.parsing import convert, json_object
 from services.bus import BusError, JetStreamError
 
 HttpRequest = Request[Any, Any, State]
+KeyId = Annotated[str, Parameter(description="a key's id")]
 
 
 class KeyFields(msgspec.Struct, forbid_unknown_fields=True):
@@ -89,14 +91,14 @@ async def list_keys(state: State) -> Response[bytes]:
 
 
 @get("/v1/keys/{key_id:str}")
-async def get_key(state: State, key_id: str) -> Response[bytes]:
+async def get_key(state: State, key_id: KeyId) -> Response[bytes]:
     """One key."""
     record, _ = await _read(state.keyring, key_id)
     return _json(_info(record))
 
 
 @patch("/v1/keys/{key_id:str}")
-async def change_key(request: HttpRequest, state: State, key_id: str) -> Response[bytes]:
+async def change_key(request: HttpRequest, state: State, key_id: KeyId) -> Response[bytes]:
     """Change what is named in the body; it applies to the next request with the key."""
     fields = _given(convert(json_object(await request.body()), KeyFields))
     record, revision = await _read(state.keyring, key_id)
@@ -109,7 +111,7 @@ async def change_key(request: HttpRequest, state: State, key_id: str) -> Respons
 
 
 @delete("/v1/keys/{key_id:str}", status_code=200)
-async def delete_key(state: State, key_id: str) -> Response[bytes]:
+async def delete_key(state: State, key_id: KeyId) -> Response[bytes]:
     """Withdraw a key. Requests that are under way end as they would."""
     keyring: Keyring = state.keyring
     record, revision = await _read(keyring, key_id)
