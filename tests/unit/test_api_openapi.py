@@ -6,13 +6,13 @@ from importlib import resources
 
 from litestar.handlers import HTTPRouteHandler
 
-from services.api import app, openapi
+from services.api import app, keys_routes, openapi
 
 
 def test_every_route_is_described_and_every_description_has_a_route() -> None:
     routes = {
         (re.sub(r":\w+}", "}", path), method.lower())
-        for handler in vars(app).values()
+        for handler in (*vars(app).values(), *vars(keys_routes).values())
         if isinstance(handler, HTTPRouteHandler)
         for path in handler.paths
         for method in handler.http_methods

@@ -20,7 +20,7 @@ import msgspec
 import pytest
 
 import schemas
-from schemas import commands, decisions, events, requests, state, stream
+from schemas import commands, decisions, events, keys, requests, state, stream
 
 GOLDEN = Path(__file__).parent / "golden" / "messages.jsonl"
 
@@ -262,6 +262,19 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     ),
     state.PredictedWait(
         model="m", at=AT, wait_s=0.5, num_waiters=3, num_suspended=2, since=AT - 1, place=1
+    ),
+    keys.KeyRecord(
+        id=TENANT,
+        name="ada",
+        hash="9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+        role="admin",
+        models=("m", "llama-*"),
+        requests_per_minute=60,
+        tokens_per_minute=100_000,
+        max_concurrent=4,
+        created_at=1767225600,
+        expires_at=1767312000,
+        disabled=True,
     ),
 )
 
