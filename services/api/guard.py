@@ -64,6 +64,7 @@ class Guard:
         if scope["type"] != ScopeType.HTTP or (role := role_for(scope["path"])) is None:
             await self._app(scope, receive, send)
             return
+        record: KeyRecord | None = None
         with contextlib.ExitStack() as room:
             try:
                 record = self._admit(scope, role)
@@ -74,7 +75,7 @@ class Guard:
                         self._quotas.enter(record, time.monotonic())
                         room.callback(self._quotas.leave, record.id)
             except ApiError as error:
-                await _refuse(error, self._watched(scope, role, None, send))
+                await _refuse(error, self._watched(scope, role, record, send))
                 return
             scope["state"][_STATE_KEY] = record
             await self._app(scope, receive, self._watched(scope, role, record, send))

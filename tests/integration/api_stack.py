@@ -24,10 +24,12 @@ MAX_QUEUED = 3
 class Stack:
     """One api, its clients, and everything that it talks to."""
 
-    def __init__(self, nats: NatsServer, url: str) -> None:
+    def __init__(self, nats: NatsServer, url: str, key: str = "") -> None:
         self.nats = nats
-        self.http = httpx.AsyncClient(base_url=url, timeout=20)
-        self.openai = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.http = httpx.AsyncClient(base_url=url, timeout=20, headers=headers)
+        base_url = f"{url}/v1"
+        self.openai = openai.AsyncOpenAI(base_url=base_url, api_key=key or "none", max_retries=0)
         self.withdrawals = Withdrawals()
         self.stop = asyncio.Event()
         self.running: asyncio.Task[None]
@@ -59,15 +61,14 @@ class Stack:
 
 
 @contextlib.asynccontextmanager
-async def running_stack(nats: NatsServer, timeout_s: float) -> AsyncIterator[Stack]:
+async def running_stack(
+    nats: NatsServer, timeout_s: float, key: str = "", **settings: Any
+) -> AsyncIterator[Stack]:
+    """``key``: an API key that clients send; ``settings``: more of `ApiSettings`."""
     port = free_port(0)
-    api = ApiSettings(
-        port=port,
-        request_timeout_s=timeout_s,
-        max_queued_per_model=MAX_QUEUED,
-        max_body_bytes=100_000,
-    )
-    stack = Stack(nats, f"http://127.0.0.1:{port}")
+    limits = {"max_queued_per_model": MAX_QUEUED, "max_body_bytes": 100_000}
+    api = ApiSettings(port=port, request_timeout_s=timeout_s, **limits | settings)
+    stack = Stack(nats, f"http://127.0.0.1:{port}", key)
     buses = {
         user: await Bus.connect(nats.credentials[user], service=user)
         for user in ("admin", "scheduler", "agent")
@@ -78,7 +79,11 @@ async def running_stack(nats: NatsServer, timeout_s: float) -> AsyncIterator[Sta
     stack.scheduler = ScriptedScheduler(buses["scheduler"])
     stack.agent = ScriptedAgent(buses["agent"])
     stack.running = asyncio.create_task(
-        service.run(Settings(api=api), nats.credentials["api"], stop=stack.stop)
+        service.run(
+            Settings(state_dir=str(nats.folder / "state"), api=api),
+            nats.credentials["api"],
+            stop=stack.stop,
+        )
     )
     await stack.until(lambda got: got[0] == 503)
     await stack.scheduler.lead()

@@ -15,6 +15,7 @@ class NatsServer:
     """A real nats-server in a folder of its own, on free ports, which tests may kill."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.plan: NatsPlan = write_config(folder, port=free_port(0), http_port=free_port(0))
         self.log_file = folder / "nats-server.log"
         self._process: subprocess.Popen[bytes] | None = None
