@@ -207,9 +207,9 @@ def _told(record: KeyRecord) -> dict[str, Any]:
 
 def _table(records: list[KeyRecord]) -> Table:
     table = Table()
-    columns = "id", "name", "role", "models", "requests/min", "tokens/min", "at once", "until"
-    for column in columns:
-        table.add_column(column)
+    table.add_column("id", no_wrap=True)  # it is copied from here
+    for column in ("name", "role", "models", "requests/min", "tokens/min", "at once", "until"):
+        table.add_column(column, overflow="fold")
     now = time.time()
     for record in records:
         until = "never" if record.expires_at is None else _date(record.expires_at)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import ssl
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -24,10 +25,12 @@ MAX_QUEUED = 3
 class Stack:
     """One api, its clients, and everything that it talks to."""
 
-    def __init__(self, nats: NatsServer, url: str, key: str = "") -> None:
+    def __init__(
+        self, nats: NatsServer, url: str, key: str = "", verify: ssl.SSLContext | bool = True
+    ) -> None:
         self.nats = nats
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.http = httpx.AsyncClient(base_url=url, timeout=20, headers=headers)
+        self.http = httpx.AsyncClient(base_url=url, timeout=20, headers=headers, verify=verify)
         base_url = f"{url}/v1"
         self.openai = openai.AsyncOpenAI(base_url=base_url, api_key=key or "none", max_retries=0)
         self.withdrawals = Withdrawals()
@@ -62,13 +65,20 @@ class Stack:
 
 @contextlib.asynccontextmanager
 async def running_stack(
-    nats: NatsServer, timeout_s: float, key: str = "", **settings: Any
+    nats: NatsServer,
+    timeout_s: float,
+    key: str = "",
+    verify: ssl.SSLContext | bool = True,
+    **settings: Any,
 ) -> AsyncIterator[Stack]:
-    """``key``: an API key that clients send; ``settings``: more of `ApiSettings`."""
+    """``key``: an API key that clients send; ``verify``: how they check the server's certificate;
+    ``settings``: more of `ApiSettings`.
+    """
     port = free_port(0)
     limits = {"max_queued_per_model": MAX_QUEUED, "max_body_bytes": 100_000}
     api = ApiSettings(port=port, request_timeout_s=timeout_s, **limits | settings)
-    stack = Stack(nats, f"http://127.0.0.1:{port}", key)
+    scheme = "https" if api.tls_cert else "http"
+    stack = Stack(nats, f"{scheme}://127.0.0.1:{port}", key, verify)
     buses = {
         user: await Bus.connect(nats.credentials[user], service=user)
         for user in ("admin", "scheduler", "agent")
