@@ -8,6 +8,7 @@ stop    accept no more -> open requests may end -> end the rest -> close the bus
 import asyncio
 import contextlib
 import logging
+import resource
 import socket
 import ssl
 from collections.abc import Generator
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 SHUTDOWN_GRACE_S = 10.0
 _LAST_WORDS_S = 3  # for writing the errors of the requests that were ended
 _BACKLOG = 2048
+_OTHER_FILES = 100  # besides connections
 # A client whose machine or network is gone says nothing: it is noticed within a minute.
 _KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -59,6 +61,7 @@ async def run(settings: Settings, bus_options: BusOptions, *, stop: asyncio.Even
     """Serve until ``stop`` is set. Raises BusError or ApiStartError where it can not start."""
     api = settings.api
     certificate = _certificate(api)
+    _allow_files(api.max_connections + _OTHER_FILES)
     listener = _listen(api.host, api.port)
     _say_who_may_come(api)
     try:
@@ -165,6 +168,17 @@ def _certificate(api: ApiSettings) -> ssl.SSLContext | None:
             "Both must be PEM files, and belong together"
         ) from error
     return context
+
+
+def _allow_files(num: int) -> None:
+    """Every connection is an open file; many systems allow 1024 unless they are asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < num:
+        soft = num if hard == resource.RLIM_INFINITY else min(num, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft < num:
+        words = "this process may open %d files (ulimit -n): too few for api.max_connections"
+        log.warning(words, soft)
 
 
 def _say_who_may_come(api: ApiSettings) -> None:
