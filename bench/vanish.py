@@ -89,7 +89,9 @@ async def _steps(agent: Agent, num: int) -> None:
 async def _until(condition: Callable[[], bool], patience_s: float = SETTLE_S) -> None:
     """Returns after ``patience_s`` all the same: what is missing then is counted."""
     give_up_at = time.monotonic() + patience_s
-    while not condition() and time.monotonic() < give_up_at:
+    while True:
+        if condition() or time.monotonic() > give_up_at:
+            return
         await asyncio.sleep(0.01)
 
 
