@@ -11,6 +11,7 @@ import click
 
 from services import settings, telemetry
 from services.bus import BusError, BusOptions
+from services.keys import FIRST_KEY_FILE
 from services.ops import nats_server, stack
 from services.ops.keys import KEY_COMMANDS
 from services.ops.supervisor import Supervisor, stop_on_signals
@@ -107,6 +108,7 @@ async def _up(config: Settings, config_file: Path) -> None:
                 f"  try    curl {endpoints.api_url}/v1/models\n"
                 f"  docs   {endpoints.api_url}/schema\n"
                 f"  bus    {endpoints.nats_url}, {endpoints.credential_files['admin']}\n"
+                f"{_about_keys(config)}"
             )
         else:
             ready.cancel()
@@ -114,6 +116,15 @@ async def _up(config: Settings, config_file: Path) -> None:
         click.echo("stopping ...")
     finally:
         await supervisor.stop()
+
+
+def _about_keys(config: Settings) -> str:
+    if not config.api.requires_keys:
+        return ""
+    first = config.state_path / FIRST_KEY_FILE
+    if not first.exists():
+        return "  keys   hotswap keys create NAME\n"
+    return f"  keys   Authorization: Bearer KEY; the first KEY is in {first}\n"
 
 
 @cli.command()

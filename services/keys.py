@@ -21,6 +21,7 @@ import msgspec
 
 from schemas.keys import KeyRecord
 
+FIRST_KEY_FILE = "admin.key"  # in the state folder: the key that the api makes where there is none
 ID_DIGITS = 16
 SECRET_BYTES = 32
 MIN_KEY = 24  # characters of a key that somebody else made: it must not be guessable

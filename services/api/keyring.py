@@ -19,8 +19,6 @@ from services.bus import Bucket, Bus
 
 log = logging.getLogger(__name__)
 
-FIRST_KEY_FILE = "admin.key"
-
 
 class Keyring:
     """``required``: whether requests need a key at all. ``gone(id)``: a key was withdrawn."""
@@ -79,7 +77,7 @@ class Keyring:
         """
         if not self.required or self._mirror.values:
             return
-        path = folder / FIRST_KEY_FILE
+        path = folder / keys.FIRST_KEY_FILE
         key, record = keys.make("first admin", key=_read_key(path), role="admin")
         _write_key(path, key)
         await self.bucket.put(record.id, record)  # last: nobody could know it otherwise

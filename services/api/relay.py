@@ -356,7 +356,14 @@ class Relay:
             await self._bus.publish(event_subject(kind_of(event), model=call.model), event)
 
     async def _take_back(self, call: Call, run: str) -> None:
-        """Out of the queue first, so that whoever pulled it before gets the cancellation after."""
+        """Out of the queue first, so that whoever pulled it before gets the cancellation after.
+
+        What is known to run is cancelled first; if it is pulled again all the same, `_given_up`
+        knows of it.
+        """
+        is_running = call.started is not None and call.request_id in self._given_up
+        if is_running:
+            await self._cancel(call.model, run)
         seq = call.runs.get(run)
         # While the server is away the call would wait in memory, and could then hit another
         # request under the same number; a restarted server has forgotten this one anyway.
@@ -365,7 +372,8 @@ class Relay:
                 await self._queue.withdraw(seq)
             except BusError as error:
                 log.warning("request %s could not be withdrawn: %s", run, error)
-        await self._cancel(call.model, run)
+        if not is_running:
+            await self._cancel(call.model, run)
 
     async def _cancel(self, model: str, run: str) -> None:
         await self._bus.publish(cancel_subject(model), CancelRequest(request_id=run, model=model))

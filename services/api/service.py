@@ -22,13 +22,13 @@ from services.api.app import build
 from services.api.catalog import Catalog
 from services.api.connection import bounded
 from services.api.guard import Guard
-from services.api.keyring import FIRST_KEY_FILE, Keyring
+from services.api.keyring import Keyring
 from services.api.limits import OpenRequests
 from services.api.quotas import Quotas
 from services.api.relay import Relay
 from services.api.waits import Waits
 from services.bus import Bus, BusError, BusOptions, declare
-from services.keys import BadKey
+from services.keys import FIRST_KEY_FILE, BadKey
 from services.settings import ApiSettings, Settings, SettingsError, is_loopback
 
 log = logging.getLogger(__name__)

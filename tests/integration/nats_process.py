@@ -16,8 +16,8 @@ class NatsServer:
 
     def __init__(self, folder: Path, tls: ServerTls | None = None) -> None:
         self.folder = folder
-        ports = {"port": free_port(0), "http_port": free_port(0)}
-        self.plan: NatsPlan = write_config(folder, **ports, tls=tls)
+        port, http_port = free_port(0), free_port(0)
+        self.plan: NatsPlan = write_config(folder, port=port, http_port=http_port, tls=tls)
         self.log_file = folder / "nats-server.log"
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -17,9 +17,9 @@ import pytest
 from services import keys
 from services.api import refusals
 from services.api.errors import ApiError
-from services.api.keyring import FIRST_KEY_FILE, Keyring
+from services.api.keyring import Keyring
 from services.bus import Bus, declare
-from services.keys import make
+from services.keys import FIRST_KEY_FILE, make
 from tests.integration.api_stack import MODEL, Stack, error_of, running_stack
 from tests.integration.nats_process import NatsServer
 from tests.integration.test_api_tenants import heard

@@ -52,7 +52,11 @@ RECORDS = (
 async def guarded(nats_server: NatsServer) -> AsyncIterator[Stack]:
     """A stack that asks for API keys; its clients have an admin's."""
     await write(nats_server, *RECORDS)
-    limits = {"max_prompt_chars": MAX_PROMPT, "max_open_requests": MAX_OPEN, "read_timeout_s": 1.0}
+    limits: Any = {
+        "max_prompt_chars": MAX_PROMPT,
+        "max_open_requests": MAX_OPEN,
+        "read_timeout_s": 1.0,
+    }
     async with running_stack(nats_server, 30, ADMIN, auth="on", **limits) as stack:
         yield stack
 

@@ -5,6 +5,7 @@ import logging
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
@@ -145,7 +146,8 @@ async def test_up_listens_beyond_loopback_with_tls_only(
         tls_key=files.key,
         tls_ca=files.ca,
     )
-    api = ApiSettings(port=free_port(0), tls_cert=files.cert, tls_key=files.key)
+    pem: Any = {"tls_cert": files.cert, "tls_key": files.key}
+    api = ApiSettings(host="0.0.0.0", port=free_port(0), **pem)
     config = tmp_path / "hotswap.toml"
     settings = Settings(state_dir=str(tmp_path / "state"), api=api, nats=nats)
     config.write_text(dump(settings))
@@ -161,6 +163,13 @@ async def test_up_listens_beyond_loopback_with_tls_only(
                 if "no GPU agent" in whole._probe(f"{endpoints.api_url}/readyz"):
                     break
                 await asyncio.sleep(0.1)
+        # Beyond loopback a key is asked for, and the first one is there.
+        key = (settings.state_path / "admin.key").read_text().strip()
+        trusted = ssl.create_default_context(cafile=files.ca)
+        async with httpx.AsyncClient(base_url=endpoints.api_url, verify=trusted) as client:
+            assert (await client.get("/v1/keys")).status_code == 401
+            answer = await client.get("/v1/keys", headers={"Authorization": f"Bearer {key}"})
+            assert [one["role"] for one in answer.json()["data"]] == ["admin"]
     finally:
         await supervisor.stop()
     text = (tmp_path / "state" / "nats" / "nats-server.conf").read_text()
