@@ -51,6 +51,7 @@ class Agent:
     tokens_after: dict[str, int] = field(default_factory=dict)  # sent since, for those who left
     length: int | None = None  # of all answers; None: they go on
     num_steps: int = 0
+    text: str = TEXT  # of each token
 
     async def start(self) -> None:
         """Tell the api that there is a leader and an agent with the model, and serve."""
@@ -113,7 +114,7 @@ class Agent:
             await to.ack()
             return
         index = row.num_tokens
-        await self._say(to, Tokens(request_id, to.num_delivered, index, (100 + index,), TEXT))
+        await self._say(to, Tokens(request_id, to.num_delivered, index, (100 + index,), self.text))
         row.num_tokens += 1
         if request_id in self.tokens_after:
             self.tokens_after[request_id] += 1
@@ -125,8 +126,10 @@ class Agent:
 class Client:
     """One streaming completion over a socket of its own."""
 
-    def __init__(self, port: int, key: str) -> None:
+    def __init__(self, port: int, key: str, window: int = 0) -> None:
+        """``window``: bytes that its machine takes for it while it does not read; 0: as usual."""
         self._port = port
+        self._window = window
         self._key = key
         self.request_id = ""
         self.text = ""
@@ -134,7 +137,13 @@ class Client:
 
     async def begin(self) -> None:
         """Ask, and read up to the first token. AssertionError for any answer but a stream."""
-        self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
+        own = socket.socket()
+        if self._window:
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._window)
+        own.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(own, ("127.0.0.1", self._port))
+        limit = self._window or 65536
+        self._reader, self._writer = await asyncio.open_connection(sock=own, limit=limit)
         body = json.dumps({"model": MODEL, "prompt": "x", "max_tokens": 1000, "stream": True})
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: bench\r\nAuthorization: Bearer {self._key}\r\n"

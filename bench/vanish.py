@@ -7,6 +7,10 @@ In each round all clients stream, half of them are gone at once (their sockets a
 agent counts what it still computes for them, and the other half reads to the end. Then the api must
 hold what it held before: file descriptors, NATS subscriptions (inboxes), queued requests, memory.
 The first round warms up: what it leaves (allocators, caches) is the baseline of the others.
+
+Then some clients stall: they stream, and read nothing more. The agent goes on with tokens a
+thousand times longer than usual, until each of them has been cut off. What the api keeps for one
+of them is the text of its answer (to go on elsewhere, if need be) and what it has not read.
 """
 
 import asyncio
@@ -37,7 +41,13 @@ STEP_S = 0.5  # of the fake agent, for all its streams; one stream alone would t
 MORE_STEPS = 4  # for those who stay
 CONNECT_AT_ONCE = 50
 SETTLE_S = 20.0
+PATIENCE_S = 300.0  # on a busy machine
 MOST_GROWTH = 1.05  # of memory, over the rounds after the first
+NUM_STALLED, QUICK_STALLED = 50, 20
+STALL_STEP_S = 0.025
+STALL_TEXT = "word " * 1600  # so that the buffers of the kernel are full in a moment
+STALL_TIMEOUT_S = 2.0  # api.write_timeout_s
+MOST_PER_STALLED = 5.0  # MB
 
 
 class Round:
@@ -75,7 +85,7 @@ class Round:
                 self.num_uncancelled += 1
         rows = agent.rows.values()
         agent.length = max((row.num_tokens for row in rows), default=0) + MORE_STEPS
-        async with asyncio.timeout(SETTLE_S + MORE_STEPS * STEP_S):
+        async with asyncio.timeout(PATIENCE_S):
             await asyncio.gather(*reading)
         self.num_whole = sum(c.text == TEXT * agent.length for c in staying)
 
@@ -83,7 +93,7 @@ class Round:
 async def _steps(agent: Agent, num: int) -> None:
     """Until so many more have been finished."""
     goal = agent.num_steps + num
-    await _until(lambda: agent.num_steps >= goal, 60.0)
+    await _until(lambda: agent.num_steps >= goal, PATIENCE_S)
 
 
 async def _until(condition: Callable[[], bool], patience_s: float = SETTLE_S) -> None:
@@ -116,8 +126,38 @@ async def vanish(bench: Bench) -> None:
             rounds.append(now)
             if sys.stderr.isatty():
                 print(f"\rround {number} of {num_rounds}", end="", file=sys.stderr)
+        _report(bench, fresh, rounds, after)
+        await stall(bench, agent, port, key, process)
+        end = await _settled(rig, process, http_port, fresh)
+        left = end.num_fds - fresh.num_fds + end.num_subscriptions - fresh.num_subscriptions
+        bench.target("left of stalled clients", left + end.num_requests, at_most=0)
         await agent.stop()
-    _report(bench, fresh, rounds, after)
+
+
+async def stall(bench: Bench, agent: Agent, port: int, key: str, process: psutil.Process) -> None:
+    """Clients that stop reading, and what the api keeps for them until they are cut off."""
+    num = QUICK_STALLED if bench.quick else NUM_STALLED
+    agent.length, agent.step_s = None, STALL_STEP_S
+    clients = [Client(port, key, window=4096) for _ in range(num)]
+    await asyncio.gather(*(client.begin() for client in clients))
+    before, peak = process.memory_info().rss, 0
+    agent.text = STALL_TEXT
+    open_ids = {client.request_id for client in clients}
+
+    def all_cut_off() -> bool:
+        nonlocal peak
+        peak = max(peak, process.memory_info().rss)
+        return open_ids <= agent.cancelled_at.keys()
+
+    began_at = time.monotonic()
+    await _until(all_cut_off, PATIENCE_S)
+    bench.value("clients that stall", num)
+    bench.value("until the last of them was cut off", time.monotonic() - began_at, "s")
+    bench.target("stalled clients that were not cut off", len(agent.rows), at_most=0)
+    each = max(0, peak - before) / 1e6 / num
+    bench.target("memory kept for each at most", each, at_most=MOST_PER_STALLED, unit="MB")
+    for client in clients:
+        client.vanish()
 
 
 async def _start(rig: Rig) -> tuple[int, str, psutil.Process]:
@@ -125,7 +165,8 @@ async def _start(rig: Rig) -> tuple[int, str, psutil.Process]:
     key, record = make("bench")
     await Bucket(rig.bus, names.BUCKET_KEYS, KeyRecord).put(record.id, record)
     port = free_port(0)
-    settings = Settings(state_dir=str(rig.folder / "state"), api=ApiSettings(port=port, auth="on"))
+    api = ApiSettings(port=port, auth="on", write_timeout_s=STALL_TIMEOUT_S)
+    settings = Settings(state_dir=str(rig.folder / "state"), api=api)
     service = await rig.start("api", settings)
     return port, key, psutil.Process(service.process.pid)
 
