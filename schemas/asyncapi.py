@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import msgspec
 
-from schemas import admin, batches, commands, events, names, requests, state, stream
+from schemas import admin, batches, commands, events, keys, names, requests, state, stream
 
 Json: TypeAlias = dict[str, Any]
 MessageType: TypeAlias = type[msgspec.Struct]
@@ -184,10 +184,12 @@ CHANNELS = (
         batches.FileRecord,
     ),
     _bucket(names.BUCKET_BATCHES, "<batch>: what became of it", batches.BatchRecord),
+    _bucket(names.BUCKET_KEYS, "<id>: API keys, each as a hash and what it may do", keys.KeyRecord),
 )
 
 OPERATIONS = (
     Operation("admin", "send", "verify", "Check a model's weights on demand."),
+    Operation("admin", "send", "keys", "Make, change and withdraw API keys: `hotswap keys`."),
     Operation("api", "send", "requests", "Queue a request for its model."),
     Operation("api", "receive", "reply", "Relay the answer to the HTTP client."),
     Operation("api", "send", "resume", "Say what is known of the answer."),
@@ -205,6 +207,8 @@ OPERATIONS = (
     Operation("api", "receive", "residency", "Show each model's state."),
     Operation("api", "receive", "leases", "Know whether a leader and agents are there."),
     Operation("api", "receive", "waits", "Tell clients when to try again."),
+    Operation("api", "receive", "keys", "Know whose request it is, and what that key may do."),
+    Operation("api", "send", "keys", "Make, change and withdraw API keys: /v1/keys."),
     Operation("scheduler", "send", "waits", "Tell how long models are waited for."),
     Operation("scheduler", "receive", "demand", "See that a model is wanted."),
     Operation("scheduler", "send", "commands", "Load, swap in and swap out replicas."),

@@ -1,5 +1,6 @@
 """The routes. Parsing, waiting and answering are elsewhere; here they are put together."""
 
+from collections.abc import Callable
 from importlib import resources
 from typing import Annotated, Any
 
@@ -20,6 +21,9 @@ from services.api.catalog import Catalog
 from services.api.embeddings import parse_embeddings, respond_embeddings
 from services.api.errors import ApiError
 from services.api.fan import open_fan
+from services.api.guard import key_of
+from services.api.keyring import Keyring
+from services.api.keys_routes import KEY_ROUTES
 from services.api.openai import ModelList
 from services.api.parsing import Parsed, parse_chat, parse_completion
 from services.api.progress import Progress
@@ -44,11 +48,16 @@ def build(
     relay: Relay,
     progress: Progress,
     store: Store,
+    keyring: Keyring,
     *,
     max_body_bytes: int,
     progress_after_s: float,
+    guard: Callable[[ASGIApp], ASGIApp],
 ) -> ASGIApp:
-    """The ASGI application over a connected bus, and what was started over it."""
+    """The ASGI application over a connected bus, and what was started over it.
+
+    ``guard``: what is put around it.
+    """
     app = Litestar(
         route_handlers=[
             chat_completions,
@@ -63,6 +72,7 @@ def build(
             readyz,
             schema_page,
             openapi_json,
+            *KEY_ROUTES,
         ],
         exception_handlers=errors.EXCEPTION_HANDLERS,
         openapi_config=None,  # ours is made from the wire structs, see services.api.openapi
@@ -76,10 +86,11 @@ def build(
                 "progress": progress,
                 "progress_after_s": progress_after_s,
                 "store": store,
+                "keyring": keyring,
             }
         ),
     )
-    return Traced(app)
+    return Traced(guard(app))
 
 
 # -- answers from models -------------------------------------------------------------------
@@ -106,7 +117,8 @@ async def embeddings(request: HttpRequest, state: State) -> ASGIApp:
     relay: Relay = state.relay
     parsed = parse_embeddings(await _body(request), catalog.prepare)
     trace.get_current_span().set_attribute(ATTR_MODEL, parsed.model)
-    deployment = catalog.require(parsed.model, "embed", parsed.dimensions or 0)
+    key = key_of(request.scope)
+    deployment = catalog.require(parsed.model, "embed", parsed.dimensions or 0, key=key)
     request_id = request_id_of(request.scope)
     tenant = tenant_of(request.headers.get("authorization"))
     what = (deployment, parsed.inputs, parsed.dimensions)
@@ -126,7 +138,7 @@ async def _generate(request: HttpRequest, state: State, parsed: Parsed) -> ASGIA
     trace.get_current_span().set_attribute(ATTR_MODEL, parsed.model)
     catalog: Catalog = state.catalog
     relay: Relay = state.relay
-    deployment = catalog.require(parsed.model)
+    deployment = catalog.require(parsed.model, key=key_of(request.scope))
     request_id = request_id_of(request.scope)
     tenant = tenant_of(request.headers.get("authorization"))
     timeout_s = timeout_of(request.headers.get(TIMEOUT_HEADER), parsed.timeout_s)
@@ -143,19 +155,21 @@ async def _generate(request: HttpRequest, state: State, parsed: Parsed) -> ASGIA
 
 
 @get("/v1/models")
-async def list_models(state: State) -> Response[bytes]:
-    """Every deployment, with where it is."""
+async def list_models(request: HttpRequest, state: State) -> Response[bytes]:
+    """Every deployment that the key allows, with where it is."""
     catalog: Catalog = state.catalog
-    return _json(ModelList(catalog.models()))
+    return _json(ModelList(catalog.models(key_of(request.scope))))
 
 
 @get("/v1/models/{model_id:path}")
 async def get_model(
-    state: State, model_id: Annotated[str, Parameter(description="may hold slashes")]
+    request: HttpRequest,
+    state: State,
+    model_id: Annotated[str, Parameter(description="may hold slashes")],
 ) -> Response[bytes]:
     """One deployment, with where it is."""
     catalog: Catalog = state.catalog
-    return _json(catalog.model(str(model_id).removeprefix("/")))
+    return _json(catalog.model(str(model_id).removeprefix("/"), key_of(request.scope)))
 
 
 # -- health --------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from services.api import fields, openai, openapi_deployments
+from services.api import fields, keys_routes, openai, openapi_deployments
 from services.api.batches import described
 from services.api.errors import ErrorBody
 from services.api.fields import Endpoint
@@ -21,16 +21,21 @@ _REF = "#/components/schemas/{name}"
 
 _ERRORS = {
     400: "The request is wrong: malformed JSON, a wrong type or value, an unsupported field.",
-    404: "No such model, file or batch, or no such endpoint.",
-    409: "Not as things stand: the file is in use, or the batch has ended.",
+    401: "No API key, or one that is not right, has expired or is switched off.",
+    403: "The API key does not allow it: another role is needed, or the model is not among its.",
+    404: "No such model, file, batch or key, or no such endpoint.",
+    408: "The request body did not come in time.",
+    409: "Not as things stand: it is in use or has ended, or somebody else changed it meanwhile.",
     413: "The request body is too large.",
-    429: "The model's queue is full; see Retry-After.",
+    429: "The model's queue is full, or the API key is over a limit of its own; see Retry-After.",
     500: "The engine failed.",
-    503: "The model can not be served, or the service is not ready; see Retry-After.",
+    503: "The model can not be served, or the service is not ready or has too much to do; see "
+    "Retry-After.",
     504: "No complete answer in time.",
     507: "No room for the file.",
 }
 
+_ANSWER_ERRORS = (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
 _ANSWER_HEADERS = {
     "x-request-id": "The request's id, as in events and traces.",
     "x-trace-id": "The trace's id.",
@@ -39,6 +44,12 @@ _ANSWER_HEADERS = {
     "x-hotswap-swap-bytes": "Bytes moved by the swap-in that was waited for, if any.",
     "x-hotswap-swap-seconds": "How long that swap-in took.",
     fields.IGNORED_HEADER: "Request fields that this server does not know.",
+    "x-ratelimit-limit-requests": "Of the API key, per minute, if it has such a limit.",
+    "x-ratelimit-remaining-requests": "How many are left.",
+    "x-ratelimit-reset-requests": "Until all of them are there again, as in 1.5s or 6m0s.",
+    "x-ratelimit-limit-tokens": "Likewise, of prompts and answers together.",
+    "x-ratelimit-remaining-tokens": "How many are left; this answer's are charged when it ends.",
+    "x-ratelimit-reset-tokens": "Until all of them are there again.",
 }
 
 
@@ -81,10 +92,12 @@ def build() -> Json:
                 )
             },
             "/v1/models": {
-                "get": _get("list_models", "Every deployment, with where it is", openai.ModelList)
+                "get": _get(
+                    "list_models", "Every deployment, with where it is", openai.ModelList, 401
+                )
             },
             "/v1/models/{model_id}": {
-                "get": _get("get_model", "One deployment, with where it is", openai.Model, 404)
+                "get": _get("get_model", "One deployment, with where it is", openai.Model, 401, 404)
                 | {
                     "parameters": [
                         {
@@ -99,12 +112,24 @@ def build() -> Json:
             },
             **openapi_deployments.paths(),
             **described.paths(_of, _errors),
+            **_key_paths(),
             "/healthz": {"get": _health("healthz", "Is the process alive?")},
             "/readyz": {
                 "get": _health("readyz", "Could a request be answered?", "What is missing.")
             },
         },
-        "components": {"schemas": _schemas()},
+        # Where the server asks for keys at all; health and this document are open.
+        "security": [{"apiKey": []}, {}],
+        "components": {
+            "schemas": _schemas(),
+            "securitySchemes": {
+                "apiKey": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "An API key, as OpenAI's. `hotswap keys create NAME` makes one.",
+                }
+            },
+        },
     }
 
 
@@ -146,7 +171,7 @@ def _answer(
                 },
                 "content": content,
             },
-            **_errors(*(status for status in _ERRORS if status not in (409, 507))),
+            **_errors(*_ANSWER_ERRORS),
         },
     }
 
@@ -158,6 +183,36 @@ def _get(operation: str, summary: str, answer: type[msgspec.Struct], *statuses: 
         "responses": {
             "200": {"description": summary, "content": {"application/json": _of(answer)}},
             **_errors(*statuses),
+        },
+    }
+
+
+def _key_paths() -> Json:
+    """API keys, for admins."""
+    info, deleted = keys_routes.KeyInfo, keys_routes.KeyDeleted
+    key_id = {"name": "key_id", "in": "path", "required": True, "schema": {"type": "string"}}
+    make = _get(
+        "create_key", "Make an API key; the answer alone ever shows it", info, 400, 401, 403
+    )
+    make["responses"] = {"201": make["responses"].pop("200"), **make["responses"]}
+    change = _get(
+        "change_key", "Change what is named in the body", info, 400, 401, 403, 404, 409, 503
+    )
+    for operation, body in ((make, keys_routes.NewKey), (change, keys_routes.KeyFields)):
+        content = {"application/json": _of(body)}
+        operation["requestBody"] = {"required": True, "content": content}
+    one = {
+        "get": _get("get_key", "One API key", info, 401, 403, 404),
+        "patch": change,
+        "delete": _get("delete_key", "Withdraw an API key", deleted, 401, 403, 404, 409, 503),
+    }
+    return {
+        "/v1/keys": {
+            "get": _get("list_keys", "All API keys", keys_routes.KeyList, 401, 403),
+            "post": make,
+        },
+        "/v1/keys/{key_id}": {
+            method: {**operation, "parameters": [key_id]} for method, operation in one.items()
         },
     }
 
@@ -175,7 +230,7 @@ def _health(operation: str, summary: str, problem: str = "") -> Json:
     responses = {"200": {"description": "Yes.", "content": content}}
     if problem:
         responses["503"] = {"description": problem, "content": content}
-    return {"operationId": operation, "summary": summary, "responses": responses}
+    return {"operationId": operation, "summary": summary, "security": [], "responses": responses}
 
 
 def _errors(*statuses: int) -> Json:
@@ -203,6 +258,10 @@ def _schemas() -> Json:
         openai.EmbeddingList,
         openai.ModelList,
         *described.KINDS,
+        keys_routes.NewKey,
+        keys_routes.KeyFields,
+        keys_routes.KeyList,
+        keys_routes.KeyDeleted,
         ErrorBody,
         *openapi_deployments.KINDS,
     )

@@ -28,6 +28,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from typing import TypeAlias
 
 import msgspec
 
@@ -60,13 +61,19 @@ from services.bus.connection import Hook, RawMessage
 
 log = logging.getLogger(__name__)
 
+Admit: TypeAlias = Callable[[Request], None]
+Ended: TypeAlias = Callable[[Call], None]
+
 MAX_RUNS = 4  # then an error is the better answer
 TIMEOUT_SETTING = "api.request_timeout_s"
 _RETRY_S = 0.5
 
 
 class Relay:
-    """Owns every open request of this process."""
+    """Owns every open request of this process.
+
+    ``admit`` may refuse one (it raises ApiError); ``ended`` is called with each that was admitted.
+    """
 
     def __init__(
         self,
@@ -74,8 +81,13 @@ class Relay:
         timeout_s: float,
         max_queued_per_model: int,
         retry_after_s: RetryAfter = unknown,
+        *,
+        admit: Admit = lambda request: None,
+        ended: Ended = lambda call: None,
     ) -> None:
         self._bus = bus
+        self._admit = admit
+        self._ended = ended
         self._retry_after_s = retry_after_s
         self._queue = WorkQueue(bus)
         self._timeout_s = timeout_s
@@ -158,6 +170,7 @@ class Relay:
             raise errors.shutting_down()
         if not self._bus.is_connected:
             raise errors.bus_unavailable()
+        self._admit(request)
         request_id, model = request.request_id, request.model
         call = Call(request)
         self._calls[request_id] = call
@@ -393,5 +406,6 @@ class Relay:
     def _drop(self, call: Call, how: Finished | Exception) -> None:
         call.end(how)
         del self._calls[call.request_id]
+        self._ended(call)
         if not self._calls:
             self._idle.set()

@@ -13,6 +13,7 @@ as ``Message.context``. This is the only file that imports nats.
 import asyncio
 import itertools
 import logging
+import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,15 +60,27 @@ class BusOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     user: str = ""
     password: str = ""
     inbox_prefix: str = "_INBOX"
+    tls_ca: str = ""  # PEM file to check the server's certificate with; empty: the system's
 
     @classmethod
-    def read(cls, path: Path, url: str | None = None) -> "BusOptions":
-        """The credentials file at ``path``, with ``url`` over its own. Raises BusError."""
+    def read(cls, path: Path, url: str | None = None, tls_ca: str = "") -> "BusOptions":
+        """The credentials file at ``path``; ``url``, ``tls_ca`` over its own. Raises BusError."""
         try:
             options = msgspec.json.decode(path.read_bytes(), type=cls)
         except (OSError, msgspec.DecodeError) as error:
             raise BusError(f"can not read NATS credentials from {path}: {error}") from error
-        return msgspec.structs.replace(options, url=url) if url else options
+        given = {key: value for key, value in (("url", url), ("tls_ca", tls_ca)) if value}
+        return msgspec.structs.replace(options, **given)
+
+    def tls(self) -> ssl.SSLContext | None:
+        """How to check the server; None: no TLS. Raises BusError."""
+        if not self.url.startswith(("tls://", "wss://")) and not self.tls_ca:
+            return None
+        try:
+            return ssl.create_default_context(cafile=self.tls_ca or None)
+        except OSError as error:  # SSLError is one
+            why = error.strerror if isinstance(error, FileNotFoundError) else error
+            raise BusError(f"nats: tls_ca = {self.tls_ca!r} can not be used: {why}") from error
 
 
 @dataclass(frozen=True)
@@ -155,6 +168,7 @@ class Bus:
 
         Raises BusUnavailable, at once where the server refuses our credentials.
         """
+        tls = options.tls()
         bus = cls(options, service)
         refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -165,6 +179,9 @@ class Bus:
                 log.error("nats (%s): %s", service, error)
                 if "uthorization" in str(error) and not refused.done():
                     refused.set_result(str(error))
+            # A certificate that is not good now will not be good in a moment.
+            if isinstance(error, ssl.SSLCertVerificationError) and not refused.done():
+                refused.set_result(f"its certificate is not to be trusted: {error.verify_message}")
 
         connecting = asyncio.ensure_future(
             bus._client.connect(
@@ -173,6 +190,7 @@ class Bus:
                 user=options.user or None,
                 password=options.password or None,
                 inbox_prefix=options.inbox_prefix,
+                tls=tls,
                 error_cb=on_error,
                 disconnected_cb=bus._disconnected,
                 reconnected_cb=bus._reconnected,

@@ -118,6 +118,7 @@ BUCKETS = (
     names.BUCKET_LEASES,
     names.BUCKET_FILES,
     names.BUCKET_BATCHES,
+    names.BUCKET_KEYS,
 )
 
 
@@ -129,13 +130,22 @@ async def declare(bus: Bus, max_queued_per_model: int = MAX_QUEUED_PER_MODEL) ->
 
     async def assert_streams() -> None:
         for config in configs:
-            try:
-                await bus.jetstream(f"STREAM.CREATE.{config['name']}", config)
-            except JetStreamError as error:
-                # In use with another config: somebody tuned it by hand, or another service
-                # has another limit. It exists, which is all we need.
-                if error.code != _STREAM_NAME_IN_USE:
-                    raise
+            await _assert(bus, config)
 
     await assert_streams()
     bus.on_reconnect(assert_streams)
+
+
+async def declare_bucket(bus: Bus, bucket: str) -> None:
+    """Make this one exist."""
+    await _assert(bus, bucket_stream(bucket))
+
+
+async def _assert(bus: Bus, config: dict[str, Any]) -> None:
+    try:
+        await bus.jetstream(f"STREAM.CREATE.{config['name']}", config)
+    except JetStreamError as error:
+        # In use with another config: somebody tuned it by hand, or another service
+        # has another limit. It exists, which is all we need.
+        if error.code != _STREAM_NAME_IN_USE:
+            raise

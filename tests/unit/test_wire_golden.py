@@ -20,7 +20,7 @@ import msgspec
 import pytest
 
 import schemas
-from schemas import admin, batches, commands, decisions, events, requests, state, stream
+from schemas import admin, batches, commands, decisions, events, keys, requests, state, stream
 
 GOLDEN = Path(__file__).parent / "golden" / "messages.jsonl"
 
@@ -335,6 +335,19 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         output_file="file-2",
         error_file="file-3",
         errors=(batches.BatchError("invalid_url", "url must be ...", line=2, param="url"),),
+    ),
+    keys.KeyRecord(
+        id=TENANT,
+        name="ada",
+        hash="9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+        role="admin",
+        models=("m", "llama-*"),
+        requests_per_minute=60,
+        tokens_per_minute=100_000,
+        max_concurrent=4,
+        created_at=1767225600,
+        expires_at=1767312000,
+        disabled=True,
     ),
 )
 

@@ -16,6 +16,7 @@ from services.api.batches import states
 from services.api.batches.files import Files
 from services.api.batches.queued import Queued
 from services.api.batches.run import BatchRun, Gone
+from services.api.batches.work import Admit, anybody
 from services.api.catalog import Catalog
 from services.bus import Bucket, Bus, BusError, Entry, Lease, LeaseLost
 from services.jobs import until_first_ends
@@ -35,12 +36,14 @@ class Driver:
         files: Files,
         records: Bucket[BatchRecord],
         max_body_bytes: int,
+        admit: Admit = anybody,
     ) -> None:
         self._bus = bus
         self._catalog = catalog
         self._files = files
         self._records = records
         self._max_body_bytes = max_body_bytes
+        self._admit = admit
 
     async def run(self) -> None:
         """Stand by, drive, stand by again; for ever."""
@@ -83,6 +86,7 @@ class Driver:
                             entry,
                             lambda: lease.is_held,
                             self._max_body_bytes,
+                            self._admit,
                         )
                         await run.run()
                         return

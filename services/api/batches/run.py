@@ -29,7 +29,7 @@ from services.api.batches import states
 from services.api.batches.files import FileDamaged, Files
 from services.api.batches.lines import Input, Line, split
 from services.api.batches.queued import Queued
-from services.api.batches.work import Work
+from services.api.batches.work import Admit, Work
 from services.api.catalog import Catalog
 from services.bus import Bucket, Bus, BusError, Entry, JetStreamError, blobs
 from services.bus.topology import KEPT_S
@@ -64,6 +64,7 @@ class BatchRun:
         entry: Entry[BatchRecord],
         is_held: Callable[[], bool],
         max_body_bytes: int,
+        admit: Admit,
     ) -> None:
         assert entry.value is not None
         self.record = entry.value
@@ -75,6 +76,7 @@ class BatchRun:
         self._queued = queued
         self._is_held = is_held
         self._max_body_bytes = max_body_bytes
+        self._admit = admit
         self._called_off = asyncio.Event()
 
     def note(self, entry: Entry[BatchRecord]) -> None:
@@ -96,7 +98,8 @@ class BatchRun:
         elif problems and self.record.status == "in_progress":
             await self._move("failed", errors=problems)
             return
-        work = Work(self._bus, self._catalog, self._queued, self.record, lines)
+        what = (self._queued, self.record, lines)
+        work = Work(self._bus, self._catalog, *what, self._admit)
         try:
             stop = await work.begin()
             try:

@@ -11,14 +11,15 @@ import logging
 import tempfile
 import time
 from collections import Counter, deque
-from typing import IO, Literal
+from collections.abc import Callable
+from typing import IO, Literal, TypeAlias
 
 import msgspec
 
 from schemas import names
 from schemas.batches import BatchRecord
 from schemas.events import RequestWithdrawn, kind_of
-from schemas.requests import CancelRequest
+from schemas.requests import CancelRequest, Request
 from schemas.stream import Chunk
 from services.api import errors
 from services.api.batches import answers
@@ -39,6 +40,12 @@ _TRY_AGAIN_S = 2.0
 _WIND_DOWN_S = 10.0  # for what runs to hear that it is cancelled
 _AT_A_TIME = 200  # lines; the HTTP side of this process has its turns in between
 
+Admit: TypeAlias = Callable[[Request], None]  # raises ApiError where it may not be queued
+
+
+def anybody(request: Request) -> None:
+    """An `Admit` that refuses nothing."""
+
 
 class Work:
     """``record``: as it was when the work began. ``lines``: by number. Close it in the end.
@@ -53,12 +60,14 @@ class Work:
         queued: Queued,
         record: BatchRecord,
         lines: dict[int, Line],
+        admit: Admit = anybody,
     ) -> None:
         self.all_done = asyncio.Event()
         self.output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (see `close`)
         self.error: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self._bus = bus
         self._catalog = catalog
+        self._admit = admit
         self._queued = queued
         self._queue = WorkQueue(bus)
         self._record = record
@@ -144,6 +153,17 @@ class Work:
             if self._catalog.missing():
                 return False  # what there is, is not known yet
             deployment = answers.require(self._catalog, ask)
+            run = Run(self._record.batch, line.number, attempt)
+            request = answers.request_of(
+                ask,
+                deployment,
+                run.request_id,
+                names.result_subject(self._record.batch, line.number),
+                time.time(),
+                self._record.expires_at,
+                self._record.tenant,
+            )
+            self._admit(request)
         except ApiError as error:
             if error.status != 503:
                 self._settle_error(line, error)
@@ -154,16 +174,6 @@ class Work:
             self._settle_error(line, error)
             return True
         self._unready.pop(line.model, None)
-        run = Run(self._record.batch, line.number, attempt)
-        request = answers.request_of(
-            ask,
-            deployment,
-            run.request_id,
-            names.result_subject(self._record.batch, line.number),
-            time.time(),
-            self._record.expires_at,
-            self._record.tenant,
-        )
         # Its answer may be here before the queue's own.
         self._runs[line.number] = attempt
         self._wait_for(line.number, attempt)

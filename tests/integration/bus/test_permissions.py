@@ -8,6 +8,7 @@ from schemas import names
 from schemas.admin import AdminAnswer, SwapOutDeployment
 from schemas.commands import Command, SwapIn
 from schemas.events import DecisionMade, Event, LeaderElected, RequestWithdrawn, kind_of
+from schemas.keys import KeyRecord
 from schemas.requests import CancelRequest
 from schemas.state import (
     AgentStatus,
@@ -40,6 +41,10 @@ FORBIDDEN_TO_PUBLISH = [
     ("api", "$KV.HS_MODELS.x"),
     ("api", "$KV.HS_DEPLOYMENTS.x"),
     ("api", "$KV.HS_LEASES.scheduler.leader"),
+    ("scheduler", "$KV.HS_KEYS.x"),
+    ("scheduler", "$JS.API.STREAM.MSG.GET.KV_HS_KEYS"),
+    ("agent", "$KV.HS_KEYS.x"),
+    ("agent", "$JS.API.CONSUMER.CREATE.KV_HS_KEYS"),
     ("api", "_INBOX_agent.x"),
     ("api", "$JS.API.STREAM.DELETE.HS_REQUESTS"),
     ("api", names.wait_subject(MODEL)),
@@ -179,6 +184,9 @@ async def test_every_service_can_do_what_it_needs(
     assert await Bucket(api, names.BUCKET_MODELS, DeploymentRecord).items()
     assert await Bucket(api, names.BUCKET_RESIDENCY, ResidencyRecord).items()
     assert await Bucket(api, names.BUCKET_LEASES, LeaseRecord).items()
+    keys = Bucket(api, names.BUCKET_KEYS, KeyRecord)
+    await keys.put("k", KeyRecord("k", "ada", "0"))
+    assert list(await keys.items()) == ["k"]
     queue = WorkQueue(api)
     await queue.enqueue(request(reply_to=f"{api.inbox}.r.1"))
     assert await queue.withdraw(await queue.enqueue(request("other")))
