@@ -22,6 +22,8 @@ BUCKET_LEASES = "HS_LEASES"
 
 LEADER_KEY = "scheduler.leader"
 
+TOKENIZE_GROUP = "tokenizers"  # one of its members answers
+
 HEADER_TENANT = "Hotswap-Tenant"  # of queued requests, and so of demand; left out where it is ""
 
 _SAFE = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
@@ -94,6 +96,10 @@ def events_subject(kind: str = "") -> str:
 
 def wait_subject(model: str | None = None) -> str:
     return f"{PREFIX}.waits.{escape(model) if model else '*'}"
+
+
+def tokenize_subject(model: str | None = None) -> str:
+    return f"{PREFIX}.tokenize.{escape(model) if model else '*'}"
 
 
 def consumer_name(model: str) -> str:

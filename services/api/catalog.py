@@ -7,7 +7,7 @@ copy. After a reconnect every present value comes again, and what did not come i
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Generic, TypeVar, get_args
+from typing import Generic, Literal, TypeVar, get_args
 
 from schemas import names
 from schemas.state import (
@@ -106,11 +106,13 @@ class Catalog:
             if isinstance(waiting := undo(), Awaitable):
                 await waiting
 
-    def require(self, model: str, runner: Runner = "generate", dimensions: int = 0) -> None:
+    def require(
+        self, model: str, runner: Runner | Literal["any"] = "generate", dimensions: int = 0
+    ) -> None:
         """Raise ApiError unless such requests for ``model`` can be queued.
 
-        What no agent has looked at yet may pass; the engine refuses it then. ``dimensions``: that
-        vectors must have at least.
+        What no agent has looked at yet may pass; the engine refuses it then. ``runner``: what the
+        model must be for. ``dimensions``: that vectors must have at least.
         """
         record = self._deployments.values.get(names.escape(model)) if model else None
         if record is None:
@@ -119,7 +121,7 @@ class Catalog:
         if record.status == "failed":
             raise errors.model_unavailable(model, record.reason, self._retry_after_s(model))
         known = record.facts.runner if record.facts else record.spec.runner
-        if known not in ("auto", runner):
+        if known != "auto" and runner not in ("any", known):
             raise errors.model_not_supported(model, "embed" if known == "embed" else "generate")
         if record.facts and dimensions > record.facts.dimensions:
             words = f"dimensions = {dimensions}: vectors of model {model!r} have "

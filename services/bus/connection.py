@@ -2,6 +2,7 @@
 
     BusError
     |- BusUnavailable    no server answered in time, or it refused our credentials
+    |- NobodyListens     a request on a subject to which nobody is subscribed
     |- JetStreamError    the JetStream API refused a call; .code is its err_code
 
 Messages are msgspec structs as JSON, so that ``nats sub 'hs.v1.>'`` reads well. Every
@@ -38,6 +39,10 @@ class BusError(Exception):
 
 
 class BusUnavailable(BusError):
+    pass
+
+
+class NobodyListens(BusError):
     pass
 
 
@@ -282,8 +287,9 @@ class Bus:
 
         return await self.subscribe_raw(subject, on_raw)
 
-    async def subscribe_raw(self, subject: str, handler: RawHandler) -> Hook:
-        """Like `subscribe`, undecoded (status messages included).
+    async def subscribe_raw(self, subject: str, handler: RawHandler, *, queue: str = "") -> Hook:
+        """Like `subscribe`, undecoded (status messages included). Of those who subscribe with the
+        same ``queue`` one gets each message.
 
         The undo lets the handler see whatever the server had sent before it took note.
         """
@@ -295,7 +301,7 @@ class Bus:
                 log.exception("handler of %s failed on %s", subject, msg.subject)
 
         subscription: Subscription = await self._client.subscribe(
-            subject, cb=on_msg, pending_msgs_limit=-1, pending_bytes_limit=-1
+            subject, queue, cb=on_msg, pending_msgs_limit=-1, pending_bytes_limit=-1
         )
 
         async def unsubscribe() -> None:
@@ -344,6 +350,27 @@ class Bus:
                 self._client.listeners.pop(sid, None)
 
         return unsubscribe
+
+    async def request(
+        self, subject: str, message: msgspec.Struct, kind: Any, timeout_s: float
+    ) -> Any:
+        """Ask whoever listens on ``subject``; the first answer, as ``kind``.
+
+        Raises NobodyListens, BusUnavailable where no answer came in time, BusError for an answer
+        that can not be read.
+        """
+        data = self._encoder.encode(message)
+        try:
+            msg = await self._client.request(
+                subject, data, timeout=timeout_s, headers=self.headers() or None
+            )
+            return msgspec.json.decode(msg.data, type=kind)
+        except nats.errors.NoRespondersError as error:
+            raise NobodyListens(f"nobody listens on {subject}") from error
+        except TimeoutError as error:
+            raise BusUnavailable(f"{subject}: no answer within {timeout_s:g} s") from error
+        except (nats.errors.Error, msgspec.DecodeError) as error:
+            raise BusError(f"{subject}: {error}") from error
 
     async def flush(self) -> None:
         """Wait until the server has seen everything sent so far (subscriptions too)."""
