@@ -112,8 +112,9 @@ class Fan:
         while self._open:
             self._news.clear()
             told: list[Told] = []
+            ended: list[int] = []
             failure: ApiError | None = None
-            for index, call in list(self._open.items()):
+            for index, call in self._open.items():
                 try:
                     pieces = call.take()
                 except ApiError as error:
@@ -122,7 +123,9 @@ class Fan:
                 told += [(index, piece) for piece in pieces]
                 if call.finished:
                     told.append((index, call.finished))
-                    del self._open[index]
+                    ended.append(index)
+            for index in ended:
+                del self._open[index]
             if told:
                 return told  # a failure is there next time, too
             if failure:

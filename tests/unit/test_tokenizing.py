@@ -19,7 +19,7 @@ from schemas.tokenize import (
 from services.gpu_agent import ipc
 from services.gpu_agent.engine import tokenizing
 from services.gpu_agent.engine.tokenizing import TokenizerDesk
-from tests.unit.engine_kit import byte_tokenizer, save_tokenizer
+from tests.unit.engine_kit import byte_tokenizer, request, save_tokenizer
 from tests.unit.test_worker import Control, spec_of
 
 HI = ChatPrompt((ChatMessage("user", "hi"),))
@@ -140,3 +140,23 @@ def test_a_worker_answers_for_models_that_are_only_registered(
     last = control.expect(ipc.TokenizeAnswered)
     assert isinstance(last.answer, TokenizeFailed)
     assert "'nobody' is not registered" in last.answer.message
+
+
+def test_a_long_text_does_not_hold_up_who_is_being_answered(
+    tmp_path: Path, control: Control
+) -> None:
+    control.add(spec_of(tmp_path, "llama"))
+    control.swap_in("llama")
+    control.send(ipc.Submit(request("r", list(b"go on"), model="llama", max_tokens=200)))
+    control.expect(ipc.Begun)
+    control.expect(ipc.Produced)
+    text = "a long text, " * 100_000
+    control.send(ipc.Tokenize(1, TokenizeRequest("llama", TextPrompt(text))))
+    num_between = 0
+    while not isinstance(message := control.receive(), ipc.TokenizeAnswered | ipc.Done):
+        num_between += isinstance(message, ipc.Produced)
+    assert num_between > 10  # in the loop it would be the one step that was under way
+    if isinstance(message, ipc.Done):
+        message = control.expect(ipc.TokenizeAnswered)
+    assert isinstance(message.answer, Tokenized)
+    assert len(message.answer.token_ids) == len(text)

@@ -93,7 +93,6 @@ class ModelText:
                 f"model {self.model!r} has no chat template: use the completions endpoint, "
                 "or add chat_template.jinja to the model's folder"
             )
-        variables = self._template_variables(prompt)
         messages = [
             {"role": message.role, "content": message.content}
             | ({} if message.name is None else {"name": message.name})
@@ -105,7 +104,7 @@ class ModelText:
                 tokenize=False,
                 add_generation_prompt=prompt.add_generation_prompt,
                 continue_final_message=prompt.continue_final_message,
-                **variables,
+                **self._template_variables(prompt),
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             # Templates refuse by raise_exception(...), for example a role they do not know.
