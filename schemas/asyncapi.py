@@ -19,7 +19,18 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import msgspec
 
-from schemas import admin, batches, commands, events, keys, names, requests, state, stream
+from schemas import (
+    admin,
+    batches,
+    commands,
+    events,
+    keys,
+    names,
+    requests,
+    state,
+    stream,
+    tokenize,
+)
 
 Json: TypeAlias = dict[str, Any]
 MessageType: TypeAlias = type[msgspec.Struct]
@@ -131,6 +142,19 @@ CHANNELS = (
         (requests.VerifyRequest,),
     ),
     Channel(
+        "tokenize",
+        _template(names.tokenize_subject("MODEL")),
+        "Core NATS, request and reply. One of the agents that have registered the model answers, "
+        "wherever its weights are.",
+        get_args(tokenize.TokenizeAsk),
+    ),
+    Channel(
+        "tokenized",
+        None,
+        "Core NATS. The one answer to a message on `tokenize`, on its reply subject.",
+        get_args(tokenize.TokenizeAnswer),
+    ),
+    Channel(
         "status",
         _template(names.status_subject("GPU")),
         "Core NATS. An agent's heartbeat, also sent at once after every change.",
@@ -194,6 +218,8 @@ OPERATIONS = (
     Operation("api", "receive", "reply", "Relay the answer to the HTTP client."),
     Operation("api", "send", "resume", "Say what is known of the answer."),
     Operation("api", "send", "cancel", "Give up a request: the client left or nobody waits."),
+    Operation("api", "send", "tokenize", "Ask for a text's tokens, or the text of tokens."),
+    Operation("api", "receive", "tokenized", "Answer the HTTP client."),
     Operation("api", "send", "events", "Report requests taken back.", (events.RequestWithdrawn,)),
     Operation("api", "send", "admin", "Ask for changes of deployments."),
     Operation("api", "receive", "admin_reply", "Learn what became of it."),
@@ -237,6 +263,8 @@ OPERATIONS = (
     Operation("agent", "receive", "cancel", "Stop a running request."),
     Operation("agent", "receive", "commands", "Carry out the leader's commands."),
     Operation("agent", "receive", "verify", "Check a model's weights."),
+    Operation("agent", "receive", "tokenize", "Ask the model's tokenizer."),
+    Operation("agent", "send", "tokenized", "Say what it said."),
     Operation("agent", "send", "status", "Report memory and replicas."),
     Operation("agent", "send", "events", "Report what it did.", get_args(events.AgentEvent)),
     Operation("agent", "send", "residency", "Record what is."),

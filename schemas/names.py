@@ -30,6 +30,8 @@ BUCKET_KEYS = "HS_KEYS"
 LEADER_KEY = "scheduler.leader"
 BATCHES_KEY = "batches.leader"
 
+TOKENIZE_GROUP = "tokenizers"  # one of its members answers
+
 HEADER_TENANT = "Hotswap-Tenant"  # of queued requests, and so of demand; left out where it is ""
 
 _SAFE = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
@@ -126,6 +128,10 @@ def admin_subject(action: str = "*", model: str | None = None) -> str:
 
 def wait_subject(model: str | None = None) -> str:
     return f"{PREFIX}.waits.{escape(model) if model else '*'}"
+
+
+def tokenize_subject(model: str | None = None) -> str:
+    return f"{PREFIX}.tokenize.{escape(model) if model else '*'}"
 
 
 def consumer_name(model: str) -> str:

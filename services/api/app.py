@@ -21,6 +21,7 @@ from services.api.catalog import Catalog
 from services.api.embeddings import parse_embeddings, respond_embeddings
 from services.api.errors import ApiError
 from services.api.fan import open_fan
+from services.api.fields import ignored_header
 from services.api.guard import key_of
 from services.api.keyring import Keyring
 from services.api.keys_routes import KEY_ROUTES
@@ -31,6 +32,12 @@ from services.api.relay import Relay
 from services.api.respond import respond
 from services.api.tenants import tenant_of
 from services.api.timeouts import TIMEOUT_HEADER, timeout_of
+from services.api.tokenize import (
+    TokenQuestion,
+    ask_tokenizer,
+    parse_detokenize,
+    parse_tokenize,
+)
 from services.api.tracing import Traced, request_id_of
 from services.bus import Bus
 from services.telemetry import ATTR_MODEL
@@ -63,6 +70,8 @@ def build(
             chat_completions,
             completions,
             embeddings,
+            tokenize,
+            detokenize,
             list_models,
             get_model,
             *deployments.HANDLERS,
@@ -125,6 +134,30 @@ async def embeddings(request: HttpRequest, state: State) -> ASGIApp:
     timeout_s = timeout_of(request.headers.get(TIMEOUT_HEADER), parsed.timeout_s)
     call = await relay.open_embed(request_id, *what, tenant=tenant, timeout_s=timeout_s)
     return await respond_embeddings(parsed, call, relay, request.receive)
+
+
+@post(["/tokenize", "/v1/tokenize"], status_code=200)
+async def tokenize(request: HttpRequest, state: State) -> Response[bytes]:
+    """The tokens of a text or a chat, by the model's tokenizer."""
+    asked = parse_tokenize(await _body(request))
+    return await _ask_tokenizer(request, state, asked)
+
+
+@post(["/detokenize", "/v1/detokenize"], status_code=200)
+async def detokenize(request: HttpRequest, state: State) -> Response[bytes]:
+    """The text of tokens, by the model's tokenizer."""
+    asked = parse_detokenize(await _body(request))
+    return await _ask_tokenizer(request, state, asked)
+
+
+async def _ask_tokenizer(
+    request: HttpRequest, state: State, asked: TokenQuestion
+) -> Response[bytes]:
+    trace.get_current_span().set_attribute(ATTR_MODEL, asked.ask.model)
+    catalog: Catalog = state.catalog
+    deployment = catalog.require(asked.ask.model, "any", key=key_of(request.scope))
+    answer = await ask_tokenizer(state.bus, asked, deployment)
+    return _json(answer, headers=ignored_header(asked.ignored))
 
 
 async def _body(request: HttpRequest) -> bytes:
@@ -215,5 +248,12 @@ async def openapi_json() -> Response[bytes]:
     return Response(openapi.document(), media_type="application/json")
 
 
-def _json(body: msgspec.Struct, status: int = 200) -> Response[bytes]:
-    return Response(msgspec.json.encode(body), status_code=status, media_type="application/json")
+def _json(
+    body: msgspec.Struct, status: int = 200, headers: dict[str, str] | None = None
+) -> Response[bytes]:
+    return Response(
+        msgspec.json.encode(body),
+        status_code=status,
+        media_type="application/json",
+        headers=headers,
+    )

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Literal
 
 from msgspec import UNSET
 
@@ -82,7 +82,7 @@ class Catalog:
     def require(
         self,
         model: str,
-        runner: Runner = "generate",
+        runner: Runner | Literal["any"] = "generate",
         dimensions: int = 0,
         *,
         key: KeyRecord | None = None,
@@ -90,8 +90,8 @@ class Catalog:
         """The name of the deployment that ``model`` is a name or an alias of.
 
         Raises ApiError unless such requests for it can be queued. What no agent has looked at yet
-        may pass; the engine refuses it then. ``dimensions``: that vectors must have at least.
-        ``key``: whose request it is.
+        may pass; the engine refuses it then. ``runner``: what the model must be for.
+        ``dimensions``: that vectors must have at least. ``key``: whose request it is.
         """
         record = self.find(model)
         if not (self.allows(key, record) if record else allows(key, model)):
@@ -104,7 +104,7 @@ class Catalog:
         if record.status == "failed":
             raise errors.model_unavailable(model, record.reason, self._retry_after_s(model))
         known = record.facts.runner if record.facts else record.spec.runner
-        if known not in ("auto", runner):
+        if known != "auto" and runner not in ("any", known):
             raise errors.model_not_supported(model, "embed" if known == "embed" else "generate")
         if record.facts and dimensions > record.facts.dimensions:
             words = f"dimensions = {dimensions}: vectors of model {model!r} have "

@@ -23,7 +23,8 @@
 | 431    | headers_too_large                                    |                                 |
 | 500    | engine_failed, internal_error                        |                                 |
 | 503    | model_unavailable, bus_unavailable, shutting_down,   | with Retry-After                |
-|        | server_overloaded, cancelled, scheduler_unavailable  |                                 |
+|        | server_overloaded, cancelled, scheduler_unavailable, |                                 |
+|        | tokenizer_unavailable                                |                                 |
 |        | slow_reader                                          | only inside a stream            |
 | 504    | deadline_exceeded                                    |                                 |
 """
@@ -155,6 +156,11 @@ def queue_full(model: str, limit: int, retry_after_s: int | None = None) -> ApiE
 def bus_unavailable() -> ApiError:
     message = "The message bus does not answer, so the request could not be queued; try again."
     return ApiError(503, "bus_unavailable", message, retry_after_s=RETRY_AFTER_S)
+
+
+def tokenizer_unavailable(model: str, why: str) -> ApiError:
+    message = f"The tokenizer of model {model!r} can not be asked now: {why}; try again."
+    return ApiError(503, "tokenizer_unavailable", message, retry_after_s=RETRY_AFTER_S)
 
 
 def shutting_down() -> ApiError:

@@ -130,8 +130,9 @@ class Fan(Choices):
         while self._open:
             self._news.clear()
             told: list[Told] = []
+            ended: list[int] = []
             failure: ApiError | None = None
-            for index, call in list(self._open.items()):
+            for index, call in self._open.items():
                 try:
                     pieces = call.take()
                 except ApiError as error:
@@ -140,7 +141,9 @@ class Fan(Choices):
                 told += [(index, piece) for piece in pieces]
                 if call.finished:
                     told.append((index, call.finished))
-                    del self._open[index]
+                    ended.append(index)
+            for index in ended:
+                del self._open[index]
             if told:
                 return told  # a failure is there next time, too
             if failure:

@@ -5,6 +5,7 @@ the same field set to "no such thing please" is fine, since many clients send de
 Fields that nobody here knows are accepted, and named in a response header.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 from urllib.parse import quote
@@ -16,6 +17,8 @@ Endpoint: TypeAlias = Literal["chat", "completion", "embedding", "tokenize", "de
 IGNORED_HEADER = "x-hotswap-ignored-fields"
 _MAX_NAMED = 20
 _MAX_NAME = 64
+
+STREAM_OPTIONS = frozenset({"include_usage", "include_obfuscation", "continuous_usage_stats"})
 
 # Accepted whatever they say: they ask for no behaviour of this server.
 HARMLESS = frozenset(
@@ -137,10 +140,19 @@ def refuse_unsupported(body: Mapping[str, Any], endpoint: Endpoint) -> None:
         raise ApiError(400, "unsupported_parameter", message, param=key)
 
 
+@functools.cache
+def _known(endpoint: Endpoint, implemented: tuple[str, ...]) -> frozenset[str]:
+    return frozenset((*implemented, *_NEUTRAL_OF[endpoint], *harmless(endpoint)))
+
+
 def ignored(body: Mapping[str, Any], endpoint: Endpoint, implemented: Iterable[str]) -> list[str]:
     """Names in ``body`` that mean nothing to this server, in the client's order."""
-    known = {*implemented, *_NEUTRAL_OF[endpoint], *harmless(endpoint)}
-    return [key for key in body if key not in known]
+    known = _known(endpoint, tuple(implemented))
+    found = [key for key in body if key not in known]
+    options = body.get("stream_options")
+    if "stream_options" in known and isinstance(options, dict):
+        found += [f"stream_options.{key}" for key in options if key not in STREAM_OPTIONS]
+    return found
 
 
 def ignored_header(names: list[str]) -> dict[str, str]:

@@ -144,6 +144,9 @@ class _Chunks(abc.ABC):
         self._fan = fan
         self._head = (_answer_id(parsed, fan), _created(fan), parsed.model)
         self._by_id = parsed.form.logprobs_by_id
+        self._wants_ids = parsed.form.token_ids
+        # Of chunks before the last: with include_usage each has the field.
+        self._no_usage = None if parsed.include_usage else UNSET
         self._num_tokens = 0  # told so far, of all choices
         self._unopened = set(range(len(fan.calls)))  # choices of which nothing was told
 
@@ -153,37 +156,34 @@ class _Chunks(abc.ABC):
     def told(self, index: int, what: Piece | Finished) -> bytes:
         """The event of what came of one choice; none where there is nothing to tell."""
         if isinstance(what, Finished):
-            begin = self._begin(index, _NOTHING)
+            begin = self._begin(index, _NOTHING) if index in self._unopened else _NOTHING
             first = self._chunk(index, begin) if begin.text else b""
             return first + self._chunk(index, _NOTHING, _reason(what))
         self._num_tokens += len(what.token_ids)
-        piece = self._begin(index, what)
-        wants_ids = self._parsed.form.token_ids and piece.token_ids
-        if not (piece.text or piece.logprobs or wants_ids):
-            return b""
-        return self._chunk(index, piece)
+        piece = self._begin(index, what) if index in self._unopened else what
+        if piece.text or piece.logprobs or (self._wants_ids and piece.token_ids):
+            return self._chunk(index, piece)
+        return b""
 
     def closing(self) -> Iterator[bytes]:
         if self._parsed.include_usage:
             yield self._usage_chunk(_usage(self._fan))
 
     def _begin(self, index: int, piece: Piece) -> Piece:
-        """``piece`` behind the echo, where it is the first of its choice."""
-        if index not in self._unopened:
-            return piece
+        """``piece``, the first of its choice, behind the echo."""
         self._unopened.discard(index)
         echo = _echo(self._parsed, self._fan, index)
         return Piece(echo + piece.text, piece.logprobs, piece.token_ids) if echo else piece
 
     def _usage(self) -> openai.Usage | UnsetType | None:
-        """Of a chunk before the last. With include_usage each has the field, null unless asked."""
-        if self._parsed.form.usage_in_chunks:
-            prompt = 0
-            for number in range(self._fan.num_prompts):
-                known = [call.answer.prompt for call in self._fan.choices_of(number)]
-                prompt += next((one.num_tokens for one in known if one), 0)
-            return openai.Usage(prompt, self._num_tokens, prompt + self._num_tokens)
-        return None if self._parsed.include_usage else UNSET
+        """Of a chunk before the last: nothing, or what is told so far where that is asked for."""
+        if not self._parsed.form.usage_in_chunks:
+            return self._no_usage
+        prompt = 0
+        for number in range(self._fan.num_prompts):
+            known = [call.answer.prompt for call in self._fan.choices_of(number)]
+            prompt += next((one.num_tokens for one in known if one), 0)
+        return openai.Usage(prompt, self._num_tokens, prompt + self._num_tokens)
 
     @abc.abstractmethod
     def _chunk(self, index: int, piece: Piece, reason: WireFinishReason | None = None) -> bytes:
@@ -207,7 +207,7 @@ class _ChatChunks(_Chunks):
     def _chunk(self, index: int, piece: Piece, reason: WireFinishReason | None = None) -> bytes:
         delta = openai.Delta() if reason else openai.Delta(content=piece.text)
         told = logprobs.of_chat(piece.logprobs, self._by_id)
-        ids = UNSET if reason else _token_ids(self._parsed, (piece,))
+        ids = piece.token_ids if self._wants_ids and not reason else UNSET
         return self._event(openai.ChatChunkChoice(delta, reason, index, told, ids))
 
     def _event(
@@ -230,7 +230,7 @@ class _TextChunks(_Chunks):
 
     def _chunk(self, index: int, piece: Piece, reason: WireFinishReason | None = None) -> bytes:
         told = logprobs.of_text(piece.logprobs, self._by_id)
-        ids = UNSET if reason else _token_ids(self._parsed, (piece,))
+        ids = piece.token_ids if self._wants_ids and not reason else UNSET
         choice = openai.TextChoice(piece.text, reason, index, told, ids)
         if index in self._nameless:
             self._nameless.discard(index)

@@ -114,6 +114,26 @@ class EmbeddingRequest(msgspec.Struct):
     timeout: float | None = None  # seconds for the whole answer, then 504
 
 
+class TokenizeRequest(msgspec.Struct, kw_only=True):
+    """``POST /tokenize``, as vLLM has it: a ``prompt``, or the ``messages`` of a chat."""
+
+    model: str
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None  # true for a prompt, false for a chat
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(msgspec.Struct):
+    """``POST /detokenize``, as vLLM has it."""
+
+    model: str
+    tokens: list[int]
+
+
 # -- responses -----------------------------------------------------------------------------
 
 
@@ -271,6 +291,21 @@ class EmbeddingList(msgspec.Struct):
     usage: EmbeddingUsage
     object: Literal["list"] = "list"
     hotswap: Served | UnsetType = UNSET
+
+
+class Tokenization(msgspec.Struct):
+    """The tokens of a text. ``token_strs``: the tokenizer's own name of each, where asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: Sequence[int]
+    token_strs: Sequence[str] | None = None
+
+
+class Detokenization(msgspec.Struct):
+    """The text of tokens."""
+
+    prompt: str
 
 
 class HotswapInfo(msgspec.Struct):

@@ -91,6 +91,10 @@ def build() -> Json:
                     {"application/json": _of(openai.EmbeddingList)},
                 )
             },
+            "/tokenize": {"post": _tokenize("tokenize")},
+            "/v1/tokenize": {"post": _tokenize("tokenize_v1")},
+            "/detokenize": {"post": _detokenize("detokenize")},
+            "/v1/detokenize": {"post": _detokenize("detokenize_v1")},
             "/v1/models": {
                 "get": _get(
                     "list_models", "Every deployment, with where it is", openai.ModelList, 401
@@ -176,6 +180,30 @@ def _answer(
     }
 
 
+def _tokenize(operation: str) -> Json:
+    words = "The tokens of a text or a chat"
+    return _of_tokens(operation, words, openai.TokenizeRequest, openai.Tokenization)
+
+
+def _detokenize(operation: str) -> Json:
+    words = "The text of tokens"
+    return _of_tokens(operation, words, openai.DetokenizeRequest, openai.Detokenization)
+
+
+def _of_tokens(
+    operation: str, words: str, request: type[msgspec.Struct], answer: type[msgspec.Struct]
+) -> Json:
+    """A POST that a model's tokenizer answers: no queue, no GPU, so no deadline."""
+    content = {"application/json": _of(answer)}
+    doc = _answer(operation, words, request, words, content)
+    for status in ("429", "504"):
+        del doc["responses"][status]
+    for name in [name for name in _ANSWER_HEADERS if name.startswith("x-hotswap-s")]:
+        del doc["responses"]["200"]["headers"][name]
+    del doc["responses"]["200"]["headers"]["x-hotswap-gpu"]
+    return doc
+
+
 def _get(operation: str, summary: str, answer: type[msgspec.Struct], *statuses: int) -> Json:
     return {
         "operationId": operation,
@@ -256,6 +284,10 @@ def _schemas() -> Json:
         openai.Completion,
         openai.EmbeddingRequest,
         openai.EmbeddingList,
+        openai.TokenizeRequest,
+        openai.Tokenization,
+        openai.DetokenizeRequest,
+        openai.Detokenization,
         openai.ModelList,
         *described.KINDS,
         keys_routes.NewKey,
@@ -271,6 +303,8 @@ def _schemas() -> Json:
     _add_known_fields(schemas["ChatCompletionRequest"], "chat")
     _add_known_fields(schemas["CompletionRequest"], "completion")
     _add_known_fields(schemas["EmbeddingRequest"], "embedding")
+    _add_known_fields(schemas["TokenizeRequest"], "tokenize")
+    _add_known_fields(schemas["DetokenizeRequest"], "detokenize")
     return dict(sorted(schemas.items()))
 
 

@@ -69,9 +69,7 @@ def parse_chat(body: bytes, prepare: Prepare = as_it_came) -> Parsed:
     raw = prepare(json_object(body), "chat")
     fields.refuse_unsupported(raw, "chat")
     request = convert(raw, ChatCompletionRequest)
-    if not request.messages:
-        raise invalid("messages", "messages = [] must hold at least one message.")
-    messages = tuple(_message(i, message) for i, message in enumerate(request.messages))
+    messages = messages_of(request.messages)
     key = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
     prompt = prompts.of_chat(request, messages)
     return _parsed("chat", request, raw, (prompt,), key, getattr(request, key))
@@ -158,6 +156,13 @@ def _explain(error: msgspec.ValidationError, raw: dict[str, Any]) -> ApiError:
 
 
 # -- prompts -------------------------------------------------------------------------------
+
+
+def messages_of(given: list[Message]) -> tuple[ChatMessage, ...]:
+    """The messages of a chat, at least one. Raises ApiError (400)."""
+    if not given:
+        raise invalid("messages", "messages = [] must hold at least one message.")
+    return tuple(_message(i, message) for i, message in enumerate(given))
 
 
 def _message(index: int, message: Message) -> ChatMessage:

@@ -34,6 +34,7 @@ _RESERVED = frozenset(
         "return_assistant_tokens_mask",
         "return_dict",
         "return_tensors",
+        "self",
         "tokenize",
         "tokenizer_kwargs",
         "tools",
@@ -108,7 +109,7 @@ def template_options(
     if continue_final_message and add_generation_prompt:
         words = "continue_final_message and add_generation_prompt can not both be true."
         raise invalid("continue_final_message", words)
-    if reserved := sorted(_RESERVED & (template_kwargs or {}).keys()):
+    if template_kwargs and (reserved := sorted(_RESERVED & template_kwargs.keys())):
         words = (
             f"chat_template_kwargs can not have {reserved[0]!r}: it is no variable of a template."
         )
@@ -135,11 +136,14 @@ def with_options(
     if salt is not None and not 1 <= len(salt) <= _MAX_SALT:
         words = f"cache_salt has {len(salt)} characters; it must have 1 to {_MAX_SALT}."
         raise invalid("cache_salt", words)
+    tells_text = form.echoes is not None and None in form.echoes
+    if most is None and salt is None and not form.token_ids and not tells_text:
+        return sampling  # as nearly always
     return msgspec.structs.replace(
         sampling,
         truncate_prompt_tokens=most,
         truncation_side=request.truncation_side or "left",
         cache_salt=salt or "",
         tell_prompt_ids=form.token_ids,
-        tell_prompt_text=None in (form.echoes or ()),
+        tell_prompt_text=tells_text,
     )

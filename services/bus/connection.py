@@ -274,16 +274,22 @@ class Bus:
         )
 
     async def request(
-        self, subject: str, message: msgspec.Struct, kind: type[T], timeout_s: float = 5.0
-    ) -> T:
-        """Publish, and wait for the one answer. Raises NoResponder, BusUnavailable, BusError."""
+        self, subject: str, message: msgspec.Struct, kind: Any, timeout_s: float = 5.0
+    ) -> Any:
+        """Publish, and wait for the one answer: a ``kind``, or one of a union of them.
+
+        Raises NoResponder, BusUnavailable where no answer came in time, BusError for an answer
+        that can not be read.
+        """
         data, headers = self._encoder.encode(message), self.headers() or None
         try:
             msg = await self._client.request(subject, data, timeout=timeout_s, headers=headers)
         except nats.errors.NoRespondersError as error:
             raise NoResponder(f"nobody answers requests on {subject}") from error
-        except (nats.errors.Error, TimeoutError) as error:
-            raise BusUnavailable(f"{subject}: no answer within {timeout_s:g} s: {error}") from error
+        except TimeoutError as error:
+            raise BusUnavailable(f"{subject}: no answer within {timeout_s:g} s") from error
+        except nats.errors.Error as error:
+            raise BusError(f"{subject}: {error}") from error
         try:
             return msgspec.json.decode(msg.data, type=kind)
         except msgspec.DecodeError as error:
@@ -321,8 +327,9 @@ class Bus:
 
         return await self.subscribe_raw(subject, on_raw)
 
-    async def subscribe_raw(self, subject: str, handler: RawHandler) -> Hook:
-        """Like `subscribe`, undecoded (status messages included).
+    async def subscribe_raw(self, subject: str, handler: RawHandler, *, queue: str = "") -> Hook:
+        """Like `subscribe`, undecoded (status messages included). Of those who subscribe with the
+        same ``queue`` one gets each message.
 
         The undo lets the handler see whatever the server had sent before it took note.
         """
@@ -334,7 +341,7 @@ class Bus:
                 log.exception("handler of %s failed on %s", subject, msg.subject)
 
         subscription: Subscription = await self._client.subscribe(
-            subject, cb=on_msg, pending_msgs_limit=-1, pending_bytes_limit=-1
+            subject, queue, cb=on_msg, pending_msgs_limit=-1, pending_bytes_limit=-1
         )
 
         async def unsubscribe() -> None:

@@ -18,6 +18,8 @@ What a model does follows from its source, what a request does from its prompt:
             "die"        kills the process
             N            gives N tokens and ends
 
+Texts have the tokens 1 and 2; what is to be a text again is never answered.
+
 A SwapOut that preempts suspends what holds or waits for an arrival, until the next SwapIn.
 
 FAKE_LINGER_S: how long it takes to end once its socket is closed. FAKE_DIARY: a file that
@@ -37,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from schemas.requests import EmbedRequest, GenerateRequest, TextPrompt
 from schemas.state import ModelFacts, ModelSpec, SwapTrace
+from schemas.tokenize import DetokenizeRequest, Tokenized
 from services.gpu_agent import ipc
 
 PAGE_BYTES = 4096
@@ -142,6 +145,10 @@ class FakeWorker:
                 self._held = [request for request in self._held if request.model != model]
                 self._suspended[model] = running
                 self._say(ipc.SwappedOut(model, trace, self._memory, len(running)))
+            case ipc.Tokenize(_, DetokenizeRequest()):
+                pass  # is never answered
+            case ipc.Tokenize(ticket, ask):
+                self._say(ipc.TokenizeAnswered(ticket, Tokenized((1, 2), 512, (ask.model,))))
             case ipc.Submit(EmbedRequest() as asked):
                 self._embed(asked)
             case ipc.Submit(GenerateRequest() as request):

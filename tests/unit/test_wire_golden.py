@@ -20,7 +20,18 @@ import msgspec
 import pytest
 
 import schemas
-from schemas import admin, batches, commands, decisions, events, keys, requests, state, stream
+from schemas import (
+    admin,
+    batches,
+    commands,
+    decisions,
+    events,
+    keys,
+    requests,
+    state,
+    stream,
+    tokenize,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "messages.jsonl"
 
@@ -105,6 +116,15 @@ SAMPLING = requests.SamplingParams(
     stop_token_ids=(2, 32000),
     logit_bias={50256: -100.0},
     logprobs=3,
+    allowed_token_ids=(7, 8),
+    bad_words=("never",),
+    include_stop=True,
+    skip_special_tokens=False,
+    truncate_prompt_tokens=-1,
+    truncation_side="right",
+    cache_salt="pinch",
+    tell_prompt_ids=True,
+    tell_prompt_text=True,
 )
 TOKEN = stream.TokenLogprob(token_id=11, logprob=-0.5, text="\\xe2", raw=b"\xe2")
 TOLD = stream.TokenLogprobs(chosen=TOKEN, offset=21, top=(TOKEN,))
@@ -222,10 +242,16 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     state.LeaseRecord(holder="scheduler-1", epoch=5),
     _generate(
         requests.ChatPrompt(
-            messages=(requests.ChatMessage(role="user", content="Grüße", name="ada"),)
+            messages=(requests.ChatMessage(role="user", content="Grüße", name="ada"),),
+            add_generation_prompt=False,
+            continue_final_message=True,
+            add_special_tokens=True,
+            template_kwargs={"enable_thinking": False},
+            documents=({"title": "t", "text": "x"},),
+            reasoning_effort="low",
         )
     ),
-    _generate(requests.TextPrompt(text="Once upon a time")),
+    _generate(requests.TextPrompt(text="Once upon a time", add_special_tokens=False)),
     _generate(requests.TokenPrompt(token_ids=(1, 2, 3))),
     requests.EmbedRequest(
         request_id="req-1",
@@ -243,7 +269,14 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     requests.VerifyRequest(model="m"),
     events.DeploymentFailed(model="m", at=1.5, reason="needs 9 MiB of device memory"),
     stream.Started(**_CHUNK, gpu="gpu0", start="switch", swap=TRACE),
-    stream.Tokens(**_CHUNK, index=7, token_ids=(11, 12), text=" a time", logprobs=(TOLD, TOLD)),
+    stream.Tokens(
+        **_CHUNK,
+        index=7,
+        token_ids=(11, 12),
+        text=" a time",
+        logprobs=(TOLD, TOLD),
+        prompt=stream.PromptTold(num_tokens=3, token_ids=(1, 2, 3), text="Once upon"),
+    ),
     stream.Vectors(**_CHUNK, index=7, dimensions=2, data=b"\x00\x00\x80?\x00\x00\x00\x00"),
     stream.Finished(
         **_CHUNK,
@@ -252,6 +285,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         completion_tokens=34,
         timing=TIMING,
         text="…",
+        cached_tokens=8,
     ),
     stream.Failed(**_CHUNK, code="engine_failed", message="the engine worker died"),
     stream.Resuming(**_CHUNK, gpu="gpu0"),
@@ -349,6 +383,13 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         expires_at=1767312000,
         disabled=True,
     ),
+    tokenize.TokenizeRequest(
+        model="m", prompt=requests.TextPrompt("Grüße", add_special_tokens=False), token_strs=True
+    ),
+    tokenize.DetokenizeRequest(model="m", token_ids=(1, 2, 3)),
+    tokenize.Tokenized(token_ids=(1, 2), max_model_len=4096, token_strs=("Gr", "Ã¼ÃŁe")),
+    tokenize.Detokenized(text="Grüße"),
+    tokenize.TokenizeFailed(code="invalid_prompt", message="the chat has no messages"),
 )
 
 

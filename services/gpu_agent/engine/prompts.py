@@ -59,23 +59,31 @@ class ModelText:
         return cls(model, tokenizer, _eos_ids(folder, config, tokenizer), vocab_size)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """``prompt`` as token ids, at least one. Raises InvalidPrompt."""
-        match prompt:
-            case ChatPrompt():
-                ids = self._encode_chat(prompt)
-            case TextPrompt(text, add_special_tokens):
-                ids = list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
-            case TokenPrompt():
-                ids = list(prompt.token_ids)
+        """``prompt`` as token ids that the model can take, at least one. Raises InvalidPrompt."""
+        ids = self.tokens_of(prompt)
         if not ids:
             raise InvalidPrompt("the prompt is empty: it has no tokens")
+        self.check(ids)
+        return ids
+
+    def check(self, ids: Sequence[int]) -> None:
+        """Raise InvalidPrompt where one of ``ids`` is none of the model's."""
         wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
         if wrong is not None:
             raise InvalidPrompt(
                 f"token id {wrong} is outside the vocabulary of model {self.model!r}, "
                 f"which has ids 0 to {self.vocab_size - 1}"
             )
-        return ids
+
+    def tokens_of(self, prompt: Prompt) -> list[int]:
+        """``prompt`` as token ids, as the tokenizer says. Raises InvalidPrompt."""
+        match prompt:
+            case ChatPrompt():
+                return self._encode_chat(prompt)
+            case TextPrompt(text, add_special_tokens):
+                return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+            case TokenPrompt():
+                return list(prompt.token_ids)
 
     def _encode_chat(self, prompt: ChatPrompt) -> list[int]:
         if not prompt.messages:
@@ -85,7 +93,6 @@ class ModelText:
                 f"model {self.model!r} has no chat template: use the completions endpoint, "
                 "or add chat_template.jinja to the model's folder"
             )
-        variables = self._template_variables(prompt)
         messages = [
             {"role": message.role, "content": message.content}
             | ({} if message.name is None else {"name": message.name})
@@ -97,7 +104,7 @@ class ModelText:
                 tokenize=False,
                 add_generation_prompt=prompt.add_generation_prompt,
                 continue_final_message=prompt.continue_final_message,
-                **variables,
+                **self._template_variables(prompt),
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             # Templates refuse by raise_exception(...), for example a role they do not know.

@@ -20,6 +20,7 @@ from schemas.state import (
     ResidencyRecord,
 )
 from schemas.stream import Tokens
+from schemas.tokenize import Detokenized, DetokenizeRequest, TokenizeAnswer
 from services.bus import (
     Bucket,
     Delivery,
@@ -58,6 +59,8 @@ FORBIDDEN_TO_PUBLISH = [
     ("scheduler", "$JS.API.CONSUMER.CREATE.HS_RESULTS"),
     ("scheduler", names.file_subject("file-1")),
     ("scheduler", "_INBOX_api.x"),
+    ("scheduler", names.tokenize_subject(MODEL)),
+    ("agent", names.tokenize_subject(MODEL)),
     ("scheduler", f"$JS.API.CONSUMER.CREATE.HS_REQUESTS.{names.consumer_name(MODEL)}"),
     ("scheduler", "$JS.API.STREAM.MSG.GET.HS_REQUESTS"),
     ("scheduler", f"$JS.API.DIRECT.GET.HS_REQUESTS.{names.request_subject('batch', MODEL)}"),
@@ -86,6 +89,8 @@ FORBIDDEN_TO_SUBSCRIBE = [
     ("scheduler", "hs.v1.results.>"),
     ("scheduler", "hs.v1.files.>"),
     ("agent", "hs.v1.results.>"),
+    ("api", names.tokenize_subject()),
+    ("scheduler", names.tokenize_subject()),
     ("agent", "_INBOX_api.>"),
     ("agent", "hs.v1.requests.>"),
     ("agent", "hs.v1.admin.>"),
@@ -180,7 +185,16 @@ async def test_every_service_can_do_what_it_needs(
     await puller.start()
     await puller.want(1)
 
-    # the api sees state, queues, withdraws, cancels
+    async def tokenize(raw: RawMessage) -> None:
+        await agent.publish(raw.reply, Detokenized("x"))
+
+    await agent.subscribe_raw(names.tokenize_subject(MODEL), tokenize, queue=names.TOKENIZE_GROUP)
+    await agent.flush()
+
+    # the api sees state, queues, withdraws, cancels, asks for tokens
+    question = DetokenizeRequest(MODEL, (7,))
+    subject = names.tokenize_subject(MODEL)
+    assert await api.request(subject, question, TokenizeAnswer, 5.0) == Detokenized("x")
     assert await Bucket(api, names.BUCKET_MODELS, DeploymentRecord).items()
     assert await Bucket(api, names.BUCKET_RESIDENCY, ResidencyRecord).items()
     assert await Bucket(api, names.BUCKET_LEASES, LeaseRecord).items()
