@@ -156,6 +156,9 @@ OPERATIONS = (
     Operation("api", "send", "resume", "Say what is known of the answer."),
     Operation("api", "send", "cancel", "Give up a request: the client left or nobody waits."),
     Operation("api", "send", "events", "Report requests taken back.", (events.RequestWithdrawn,)),
+    Operation(
+        "api", "receive", "events", "Tell streams how far a load is.", (events.LoadProgressed,)
+    ),
     Operation("api", "receive", "models", "Know which models exist."),
     Operation("api", "receive", "residency", "Show each model's state."),
     Operation("api", "receive", "leases", "Know whether a leader and agents are there."),
