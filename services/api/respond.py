@@ -21,7 +21,7 @@ from services.api.call import Call, ClientLeft
 from services.api.errors import ApiError
 from services.api.forms import chunks_of, event_bytes, whole
 from services.api.parsing import Parsed
-from services.api.progress import EVERY_S, QUIET_S, Progress, comment
+from services.api.progress import CHECK_S, EVERY_S, QUIET_S, Progress, comment
 from services.api.relay import Relay
 from services.api.served import answer_headers, served
 
@@ -106,13 +106,13 @@ class EventStream(ASGIResponse):
         try:
             pieces = self._first
             if pieces is None:
-                pieces = await self._next(send, 0, EVERY_S)
+                pieces = await self._next(send, 0)
             await _send(send, b"".join(chunks.opening()))
             while pieces:
                 # One event per token, but one write for all that came in the meantime.
                 told = (piece for piece in pieces if piece.text or piece.logprobs)
                 await _send(send, b"".join(chunks.piece(piece) for piece in told))
-                pieces = await self._next(send, QUIET_S, EVERY_S)
+                pieces = await self._next(send, QUIET_S)
             last = b"".join(chunks.closing(_finished(self._call)))
             await _send(send, last + self._last_comment() + _DONE)
         except ApiError as error:
@@ -124,13 +124,18 @@ class EventStream(ASGIResponse):
             log.info("request %s: the client left", self._call.request_id)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _next(self, send: Send, quiet_s: float, every_s: float) -> list[Piece]:
-        """What comes next; until then comments, after ``quiet_s`` one each ``every_s`` seconds."""
-        if self._progress:
-            within_s = quiet_s
-            while not await self._call.has_news(within_s):
-                await _send(send, comment(self._progress.of(self._call)))
-                within_s = every_s
+    async def _next(self, send: Send, quiet_s: float) -> list[Piece]:
+        """What comes next. Until then comments after ``quiet_s``, when there is something new to
+        say, and every second.
+        """
+        told, silent_s, within_s = None, 0.0, quiet_s
+        while self._progress and not await self._call.has_news(within_s):
+            silent_s += within_s
+            within_s = CHECK_S
+            now = self._progress.of(self._call)
+            if told is None or silent_s >= EVERY_S or now.is_news_after(told):
+                await _send(send, comment(now))
+                told, silent_s = now, 0.0
         return await self._call.read()
 
     def _last_comment(self) -> bytes:
