@@ -13,6 +13,7 @@ import msgspec
 from services.api import fields, openai
 from services.api.errors import ErrorBody
 from services.api.fields import Endpoint
+from services.api.timeouts import TIMEOUT_HEADER
 
 Json: TypeAlias = dict[str, Any]
 
@@ -33,8 +34,10 @@ _ANSWER_HEADERS = {
     "x-trace-id": "The trace's id.",
     "x-hotswap-start": "warm, switch or cold: whether the model was on the GPU already.",
     "x-hotswap-gpu": "The GPU that answered.",
+    "x-hotswap-wait-seconds": "How long the request waited until its model began with it.",
     "x-hotswap-swap-bytes": "Bytes moved by the swap-in that was waited for, if any.",
     "x-hotswap-swap-seconds": "How long that swap-in took.",
+    # Of streams that began before their first token, the last chunk tells instead: `hotswap`.
     fields.IGNORED_HEADER: "Request fields that this server does not know.",
 }
 
@@ -116,7 +119,12 @@ def _generate(
     answer: type[msgspec.Struct],
     chunk: type[msgspec.Struct],
 ) -> Json:
-    events = f"Server-sent events, each `data:` one {chunk.__name__}; the last is `data: [DONE]`."
+    events = (
+        f"Server-sent events, each `data:` one {chunk.__name__}; the last is `data: [DONE]`. While "
+        "nothing comes, comments (lines that begin with a colon) say why: "
+        '`: hotswap {"state": "waiting", "position": 2, "predicted_wait_s": 1.3, ...}`. '
+        "What goes wrong after the begin is one `data:` with an error, and no `[DONE]`."
+    )
     content = {
         "application/json": _of(answer),
         "text/event-stream": {"schema": {"type": "string", "description": events}},
@@ -131,6 +139,16 @@ def _answer(
     return {
         "operationId": operation,
         "summary": summary,
+        "parameters": [
+            {
+                "name": TIMEOUT_HEADER,
+                "in": "header",
+                "required": False,
+                "description": "Seconds that the client waits for the whole answer; as `timeout` "
+                "in the body, and the shorter one counts.",
+                "schema": {"type": "number", "exclusiveMinimum": 0},
+            }
+        ],
         "requestBody": {"required": True, "content": {"application/json": _of(request)}},
         "responses": {
             "200": {
