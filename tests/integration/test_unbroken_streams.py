@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -40,16 +41,17 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
 class Streams:
     """All of them at once. ``texts`` and ``usages`` by number, once they have ended whole."""
 
-    def __init__(self, url: str) -> None:
-        self.num_tokens = [0] * NUM_STREAMS
-        self.texts = [""] * NUM_STREAMS
-        self.usages: list[dict[str, Any]] = [{}] * NUM_STREAMS
+    def __init__(self, url: str, num: int = NUM_STREAMS) -> None:
+        self.num_tokens = [0] * num
+        self.texts = [""] * num
+        self.usages: list[dict[str, Any]] = [{}] * num
+        self.served: list[dict[str, Any]] = [{}] * num  # what the last chunk says beside them
         self._url = url
         self._grown = asyncio.Condition()
 
     async def run(self) -> None:
         async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
-            await asyncio.gather(*(self._one(client, n) for n in range(NUM_STREAMS)))
+            await asyncio.gather(*(self._one(client, n) for n in range(len(self.texts))))
 
     async def have_begun(self) -> None:
         async with asyncio.timeout(PATIENCE_S), self._grown:
@@ -58,7 +60,7 @@ class Streams:
     def are_those_of(self, other: "Streams") -> None:
         """No token is missing, and none doubled."""
         assert self.texts == other.texts
-        assert self.num_tokens == [NUM_TOKENS] * NUM_STREAMS
+        assert self.num_tokens == [NUM_TOKENS] * len(self.texts)
         assert [usage["completion_tokens"] for usage in self.usages] == self.num_tokens
 
     async def _one(self, client: httpx.AsyncClient, n: int) -> None:
@@ -86,6 +88,7 @@ class Streams:
                         self.num_tokens[n] += len((choice["logprobs"] or {}).get("tokens", ()))
                         self._grown.notify_all()
                 self.usages[n] = event["usage"] or {}
+                self.served[n] = event.get("hotswap", {})
             assert line == "data: [DONE]" or not line
 
 
@@ -124,6 +127,7 @@ async def test_kill_with_32_streams_open(system: System, undisturbed: Streams, v
         system.kill(victim)
         await asyncio.wait_for(running, PATIENCE_S)
         streams.are_those_of(undisturbed)
+        assert [one.get("num_resumed") for one in streams.served] == [1] * NUM_STREAMS
         await asyncio.wait_for(are_all.wait(), 10)
     # Every request has one end, and nothing that a client had was computed again.
     assert len({one.request_id for one in ended}) == len(ended) == NUM_STREAMS
@@ -172,6 +176,31 @@ async def test_an_api_loses_its_connection_with_32_streams_open(
         stop.set()
         await asyncio.wait_for(api, 30)
         await proxy.cut()
+
+
+async def test_streams_of_a_dead_agent_go_on_at_another_gpu(tmp_path: Path) -> None:
+    num = 4
+    gpu = '[[gpus]]\nname = "{}"\ndevice = "cpu"\nmemory = "{}B"\nthreads = 1\n'
+    gpus = "".join(gpu.format(name, 96 * MIB) for name in ("cpu0", "cpu1"))
+    source = write_models(tmp_path / "models")["llama"]
+    model = f'[models.llama]\nsource = "{source}"\nmax_batch = {num}\nkv_tokens = 2048\n'
+    with System(tmp_path, gpus + model) as system:
+
+        def is_loaded() -> bool:
+            where = system.models()["llama"]["gpus"].values()
+            return len(where) == 2 and set(where) <= {"host", "resident"}
+
+        await asyncio.to_thread(system.wait, is_loaded, "both agents to hold the host image")
+        undisturbed, streams = Streams(system.url, num), Streams(system.url, num)
+        await undisturbed.run()
+        [served_by] = {one["gpu"] for one in undisturbed.served}
+        running = asyncio.create_task(streams.run())
+        await streams.have_begun()
+        [agent] = [p for p in system.family() if {"--gpu", served_by} <= set(p.cmdline())]
+        agent.kill()
+        await asyncio.wait_for(running, PATIENCE_S)
+        streams.are_those_of(undisturbed)
+        assert {one["gpu"] for one in streams.served} == {"cpu0", "cpu1"} - {served_by}
 
 
 async def is_ready(client: httpx.AsyncClient, url: str, status: int) -> None:
