@@ -221,6 +221,9 @@ OPERATIONS = (
     Operation("api", "send", "tokenize", "Ask for a text's tokens, or the text of tokens."),
     Operation("api", "receive", "tokenized", "Answer the HTTP client."),
     Operation("api", "send", "events", "Report requests taken back.", (events.RequestWithdrawn,)),
+    Operation(
+        "api", "receive", "events", "Tell streams how far a load is.", (events.LoadProgressed,)
+    ),
     Operation("api", "send", "admin", "Ask for changes of deployments."),
     Operation("api", "receive", "admin_reply", "Learn what became of it."),
     Operation("api", "receive", "results", "Collect what batches were answered."),

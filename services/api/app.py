@@ -228,7 +228,9 @@ async def readyz(state: State) -> Response[bytes]:
     if not bus.is_connected:
         missing.insert(0, "no connection to NATS")
     if missing:
-        return _json(Health("not ready", missing), status=503)
+        answer = _json(Health("not ready", missing), status=503)
+        answer.headers["retry-after"] = str(errors.RETRY_AFTER_S)
+        return answer
     return _json(Health("ready"))
 
 

@@ -238,7 +238,7 @@ async def _ask(state: State, message: AdminRequest) -> AdminAnswer:
         raise _unavailable("The message bus does not answer; nothing was changed.")
     subject = names.admin_subject(action_of(message), message.model)
     try:
-        answer = await bus.request(subject, message, AdminAnswer)
+        answer: AdminAnswer = await bus.request(subject, message, AdminAnswer)
     except NoResponder as error:
         raise _unavailable("No scheduler leads, so nothing was changed; try again.") from error
     except BusError as error:

@@ -180,7 +180,7 @@ def engine_failed(message: str) -> ApiError:
 
 def slow_reader(num_tokens: int) -> ApiError:
     message = f"The stream was ended: {num_tokens} tokens were waiting for the client to read them."
-    return ApiError(503, "slow_reader", message)
+    return ApiError(503, "slow_reader", message, retry_after_s=RETRY_AFTER_S)
 
 
 def from_failure(

@@ -14,6 +14,7 @@ from services.api import fields, keys_routes, openai, openapi_deployments
 from services.api.batches import described
 from services.api.errors import ErrorBody
 from services.api.fields import Endpoint
+from services.api.timeouts import TIMEOUT_HEADER
 
 Json: TypeAlias = dict[str, Any]
 
@@ -41,8 +42,10 @@ _ANSWER_HEADERS = {
     "x-trace-id": "The trace's id.",
     "x-hotswap-start": "warm, switch or cold: whether the model was on the GPU already.",
     "x-hotswap-gpu": "The GPU that answered.",
+    "x-hotswap-wait-seconds": "How long the request waited until its model began with it.",
     "x-hotswap-swap-bytes": "Bytes moved by the swap-in that was waited for, if any.",
     "x-hotswap-swap-seconds": "How long that swap-in took.",
+    # Of streams that began before their first token, the last chunk tells instead: `hotswap`.
     fields.IGNORED_HEADER: "Request fields that this server does not know.",
     "x-ratelimit-limit-requests": "Of the API key, per minute, if it has such a limit.",
     "x-ratelimit-remaining-requests": "How many are left.",
@@ -150,7 +153,12 @@ def _generate(
     answer: type[msgspec.Struct],
     chunk: type[msgspec.Struct],
 ) -> Json:
-    events = f"Server-sent events, each `data:` one {chunk.__name__}; the last is `data: [DONE]`."
+    events = (
+        f"Server-sent events, each `data:` one {chunk.__name__}; the last is `data: [DONE]`. While "
+        "nothing comes, comments (lines that begin with a colon) say why: "
+        '`: hotswap {"state": "waiting", "position": 2, "predicted_wait_s": 1.3, ...}`. '
+        "What goes wrong after the begin is one `data:` with an error, and no `[DONE]`."
+    )
     content = {
         "application/json": _of(answer),
         "text/event-stream": {"schema": {"type": "string", "description": events}},
@@ -165,6 +173,16 @@ def _answer(
     return {
         "operationId": operation,
         "summary": summary,
+        "parameters": [
+            {
+                "name": TIMEOUT_HEADER,
+                "in": "header",
+                "required": False,
+                "description": "Seconds that the client waits for the whole answer; as `timeout` "
+                "in the body, and the shorter one counts.",
+                "schema": {"type": "number", "exclusiveMinimum": 0},
+            }
+        ],
         "requestBody": {"required": True, "content": {"application/json": _of(request)}},
         "responses": {
             "200": {

@@ -7,7 +7,14 @@ import pytest
 from schemas import names
 from schemas.admin import AdminAnswer, SwapOutDeployment
 from schemas.commands import Command, SwapIn
-from schemas.events import DecisionMade, Event, LeaderElected, RequestWithdrawn, kind_of
+from schemas.events import (
+    DecisionMade,
+    Event,
+    LeaderElected,
+    LoadProgressed,
+    RequestWithdrawn,
+    kind_of,
+)
 from schemas.keys import KeyRecord
 from schemas.requests import CancelRequest
 from schemas.state import (
@@ -19,7 +26,7 @@ from schemas.state import (
     PredictedWait,
     ResidencyRecord,
 )
-from schemas.stream import Tokens
+from schemas.stream import ResumeFrom, Tokens
 from schemas.tokenize import Detokenized, DetokenizeRequest, TokenizeAnswer
 from services.bus import (
     Bucket,
@@ -85,6 +92,8 @@ FORBIDDEN_TO_SUBSCRIBE = [
     ("scheduler", "_INBOX_api.>"),
     ("scheduler", ">"),
     ("api", "hs.v1.agent.*.command"),
+    ("api", names.events_subject()),
+    ("api", names.events_subject("request_ended")),
     ("api", "_INBOX_agent.>"),
     ("scheduler", "hs.v1.results.>"),
     ("scheduler", "hs.v1.files.>"),
@@ -140,6 +149,8 @@ async def test_every_service_can_do_what_it_needs(
         (scheduler, f"{names.PREFIX}.events.>", Event),
         (scheduler, names.status_subject(), AgentStatus),
         (api, names.wait_subject(), PredictedWait),
+        (api, names.events_subject("load_progressed"), LoadProgressed),
+        (agent, f"{agent.inbox}.resume.*", ResumeFrom),
         (agent, names.command_subject("g0"), Command),
         (agent, names.cancel_subject(), CancelRequest),
         (agent, names.event_subject("leader_elected"), LeaderElected),
@@ -207,10 +218,19 @@ async def test_every_service_can_do_what_it_needs(
     withdrawn = RequestWithdrawn("other", "r", time.time(), "client_left")
     await api.publish(names.event_subject(kind_of(withdrawn), model="other"), withdrawn)
     await api.publish(names.cancel_subject(MODEL), CancelRequest("r", MODEL))
-    sent += [STATUS, withdrawn, CancelRequest("r", MODEL)]
+    known = ResumeFrom("r", "run", (1, 2))
+    await api.publish(f"{agent.inbox}.resume.r", known)
+    seq = await queue.enqueue(request("other", request_id="held"))
+    assert await queue.holds(seq, "held")
+    assert not await queue.holds(seq, "another")
+    assert await queue.withdraw(seq)
+    assert not await queue.holds(seq, "held")
+    load = LoadProgressed("g0", MODEL, time.time(), 1, 2)
+    await agent.publish(names.event_subject(kind_of(load), "g0", MODEL), load)
+    sent += [STATUS, withdrawn, CancelRequest("r", MODEL), known, load, load]
 
     await chunks.count(1)
-    await demand.count(2)
+    await demand.count(3)
     await heard.count(len(sent))
     assert sorted(map(repr, heard.all)) == sorted(map(repr, sent))
     assert (await WorkQueue(scheduler).depths())[0].get("other") is None
