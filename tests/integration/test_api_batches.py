@@ -13,7 +13,7 @@ from openai.types import Batch
 
 from schemas.events import RequestWithdrawn
 from schemas.stream import Vectors
-from services.api.batches import wire, work
+from services.api.batches import driver, wire, work
 from tests.integration.api_stack import MODEL, Stack, error_of
 from tests.integration.scripted_agent import FACTS, GenerateDelivery
 
@@ -281,6 +281,25 @@ async def test_a_batch_of_embeddings(stack: Stack) -> None:
     await stack.agent.finished(delivery, 0)
     [found] = await lines_of(stack, (await ended(stack, batch)).output_file_id)
     assert [one["embedding"] for one in found["response"]["body"]["data"]] == [[1.0], [2.0]]
+
+
+async def test_batches_take_turns_and_one_that_waits_can_be_cancelled(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "MOST_AT_ONCE", 1)
+    await stack.restart_api()
+    await stack.until(lambda got: got[0] == 200)
+    await stack.agent.pull(MODEL, 8, "batch")
+    first = await submit(stack, jsonl(line("a")))
+    delivery = await stack.agent.next()
+    second = await submit(stack, jsonl(line("b")))
+    third = await submit(stack, jsonl(line("c")))
+    await stack.openai.batches.cancel(second.id)
+    assert (await ended(stack, second)).status == "cancelled"
+    assert (await stack.openai.batches.retrieve(third.id)).status == "validating"
+    await answer(stack, delivery)
+    await answer(stack, await stack.agent.next())
+    assert [(await ended(stack, one)).status for one in (first, third)] == ["completed"] * 2
 
 
 async def test_the_input_of_a_running_batch_stays(stack: Stack) -> None:

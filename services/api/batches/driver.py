@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import time
+from contextlib import AbstractAsyncContextManager
 
 from schemas import names
 from schemas.batches import BatchRecord
@@ -70,8 +71,10 @@ class Driver:
         running: dict[str, BatchRun | None] = {}
         tasks: set[asyncio.Task[None]] = set()
 
-        async def drive_one(batch: str) -> None:
-            async with slots:
+        async def drive_one(batch: str, turn: AbstractAsyncContextManager[None]) -> None:
+            async with turn:
+                if running.get(batch):
+                    return  # cancelled while it waited for its turn
                 while True:
                     try:
                         entry = await self._records.get(batch)
@@ -103,10 +106,15 @@ class Driver:
         async def on_entry(entry: Entry[BatchRecord]) -> None:
             if run := running.get(entry.key):
                 run.note(entry)
-            if entry.value is None or states.has_ended(entry.value) or entry.key in running:
+            if entry.value is None or states.has_ended(entry.value):
                 return
+            turn: AbstractAsyncContextManager[None] = slots
+            if entry.key in running:
+                if running[entry.key] or entry.value.status != "cancelling":
+                    return
+                turn = contextlib.nullcontext()  # it waits for its turn: it need not any more
             running[entry.key] = None
-            task = asyncio.create_task(drive_one(entry.key))
+            task = asyncio.create_task(drive_one(entry.key, turn))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
             task.add_done_callback(lambda _: running.pop(entry.key, None))
