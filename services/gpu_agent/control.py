@@ -81,6 +81,7 @@ class AgentControl:
             self._changed,
             self.serving.preempt,
             self.serving.end_all,
+            self.serving.hand_back,
         )
         self.outcomes = Outcomes(
             self.gpu,

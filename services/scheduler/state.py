@@ -111,7 +111,7 @@ class ClusterState:
         self.fingerprints: dict[str, str] = {}  # of what agents should have been told, by model
         self.unwelcome: dict[str, None] = {}  # models that may have replicas which must leave
         self.ending: dict[str, str] = {}  # removed models -> why their requests end at once
-        self.wishes: dict[str, Wish] = {}  # what operators want in, by model
+        self.wishes: dict[str, Wish] = {}  # by model; changed by `add_wish` and `drop_wish`
         self.verdicts: list[Verdict] = []  # on what operators asked, not told yet
         self.inflation = 0.0  # what the last victim was worth, where an eviction policy counts that
         # When a model is wanted next (model, now -> unix seconds): known to simulations only.
@@ -344,6 +344,17 @@ class ClusterState:
     def drop_move(self, model: str) -> None:
         del self.moves[model]
         self.index.changed.turns[model] = None
+
+    # -- wishes ----------------------------------------------------------------------------
+
+    def add_wish(self, wish: Wish) -> None:
+        self.wishes[wish.model] = wish
+        self.index.changed.turns[wish.model] = None
+
+    def drop_wish(self, model: str) -> None:
+        """Does nothing where there is none."""
+        if self.wishes.pop(model, None) is not None:
+            self.index.changed.turns[model] = None
 
     def validate(self) -> None:
         """Raise `InvariantViolation` unless all that must hold, holds."""

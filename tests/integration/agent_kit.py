@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from schemas import names
-from schemas.commands import Command, Load, Register, SwapIn, SwapOut
+from schemas.commands import Command, Load, Register, SwapIn, SwapOut, Unload
 from schemas.events import Event, ModelLoaded, ModelRegistered, RequestEnded, SwapInCompleted
 from schemas.requests import CancelRequest, GenerateRequest, SamplingParams, TextPrompt
 from schemas.state import AgentStatus, ModelSpec, Preemption, ResidencyRecord
@@ -157,10 +157,15 @@ class Agent:
     async def swap_out(self, model: str) -> int:
         return await self._command(SwapOut, model)
 
+    async def unload(self, model: str, end_requests: str = "") -> int:
+        return await self._command(Unload, model, end_requests=end_requests)
+
     async def preempt(self, model: str) -> int:
         return await self._command(SwapOut, model, preempt=True)
 
-    async def _command(self, kind: type[Load | SwapIn | SwapOut], model: str, **more: Any) -> int:
+    async def _command(
+        self, kind: type[Load | SwapIn | SwapOut | Unload], model: str, **more: Any
+    ) -> int:
         generation = next(self._generations)
         await self.send(kind(GPU, model, self.epoch, generation, **more))
         return generation

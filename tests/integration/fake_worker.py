@@ -160,6 +160,10 @@ class FakeWorker:
                         continue
                     line[:] = [request for request in line if request.request_id != request_id]
                     self._say(ipc.Broke(request_id, "cancelled", "cancelled"))
+            case ipc.Forget(model):
+                assert not self._suspended.pop(model, [])
+                self._specs.pop(model, None)
+                self._say(ipc.Forgotten(model, PAGE_BYTES, self._memory))
             case ipc.Shutdown():
                 pass
 

@@ -257,3 +257,24 @@ def test_the_example_shows_every_key_with_its_default() -> None:
     of_model = text.partition("[models.llama]")[2]  # some keys are in [scheduler], too
     for key in ModelSettings.__struct_fields__:
         assert f"\n{key} = " in of_model or f"\n# {key} = " in of_model
+
+
+def test_defaults_and_overrides_are_read_and_written_back(tmp_path: Path) -> None:
+    file = tmp_path / "hotswap.toml"
+    file.write_text(
+        '[models.a]\nsource = "/a"\naliases = ["x"]\nmin_residency_s = 2\n'
+        'defaults = { temperature = 0.5 }\noverrides = { seed = "unset", stop = ["a"] }\n'
+    )
+    config = settings.load(file)
+    assert config.models["a"].overrides == {"seed": None, "stop": ["a"]}
+    [spec] = config.model_specs()
+    assert (spec.aliases, spec.defaults, spec.min_residency_s) == (("x",), {"temperature": 0.5}, 2)
+    file.write_text(settings.dump(config))
+    assert settings.load(file) == config
+
+
+def test_an_alias_that_is_taken_stops_the_start(tmp_path: Path) -> None:
+    file = tmp_path / "hotswap.toml"
+    file.write_text('[models.a]\nsource = "/a"\naliases = ["b"]\n[models.b]\nsource = "/b"\n')
+    with pytest.raises(SettingsError, match="'b' is a name of model 'b' already"):
+        settings.load(file)
