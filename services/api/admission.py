@@ -11,7 +11,6 @@ from services.api.call import Call
 from services.api.catalog import Catalog
 from services.api.keyring import Keyring
 from services.api.quotas import Quotas
-from services.keys import allows
 
 CHARS_PER_TOKEN = 4  # of prompts whose tokens nobody has counted
 
@@ -30,7 +29,8 @@ class Admission:
     def admit(self, request: Request) -> None:
         """Raises ApiError where it may not be queued: its key, or its length."""
         record = self._keyring.of_tenant(request.tenant)
-        if not allows(record, request.model):
+        deployment = self._catalog.find(request.model)
+        if deployment and not self._catalog.allows(record, deployment):
             raise refusals.model_not_allowed(record, request.model)
         max_model_len = self._catalog.max_model_len(request.model)
         embeds = isinstance(request, EmbedRequest)

@@ -1,7 +1,7 @@
 """The api as a process: bus, catalog, relay, HTTP server, and an orderly end.
 
 start   bind the port, read certificates -> connect -> declare streams -> watch KV ->
-        listen for replies -> serve
+        listen for replies -> serve, and drive batches if no other api does
 stop    accept no more -> open requests may end -> end the rest -> close the bus
 """
 
@@ -17,17 +17,23 @@ from functools import partial
 import uvicorn
 from litestar.types import ASGIApp
 
+from schemas import names
+from schemas.batches import BatchRecord
 from services.api.admission import Admission
-from services.api.app import build
+from services.api.app import ENVELOPE_BYTES, build
+from services.api.batches.driver import Driver
+from services.api.batches.files import Files
+from services.api.batches.http import Store
 from services.api.catalog import Catalog
 from services.api.connection import bounded
 from services.api.guard import Guard
 from services.api.keyring import Keyring
 from services.api.limits import OpenRequests
+from services.api.progress import Progress
 from services.api.quotas import Quotas
 from services.api.relay import Relay
 from services.api.waits import Waits
-from services.bus import Bus, BusError, BusOptions, declare
+from services.bus import Bucket, Bus, BusError, BusOptions, declare
 from services.keys import FIRST_KEY_FILE, BadKey
 from services.settings import ApiSettings, Settings, SettingsError, is_loopback
 
@@ -78,20 +84,40 @@ async def run(settings: Settings, bus_options: BusOptions, *, stop: asyncio.Even
     limits = (api.request_timeout_s, api.max_queued_per_model, after)
     relay = Relay(bus, *limits, admit=admission.admit, ended=admission.ended)
     room = OpenRequests(api.max_open_requests, api.max_open_body_bytes, api.read_timeout_s)
+    progress = Progress(bus, waits, catalog.states)
+    store = Store(Files(bus), Bucket(bus, names.BUCKET_BATCHES, BatchRecord), api.max_file_bytes)
+    max_body_bytes = min(api.max_body_bytes, bus.max_payload - ENVELOPE_BYTES)
+    driver = Driver(bus, catalog, store.files, store.batches, max_body_bytes, admission.admit)
+    driving: asyncio.Task[None] | None = None
     try:
         await declare(bus, api.max_queued_per_model)
         await waits.start()
         await catalog.start()
+        await progress.start()
         await keyring.start()
         await _make_first_key(keyring, settings)
         await relay.start()
-        guard = partial(Guard, keyring=keyring, quotas=quotas, open_requests=room)
-        app = build(bus, catalog, relay, api.max_body_bytes, keyring, guard)
+        app = build(
+            bus,
+            catalog,
+            relay,
+            progress,
+            store,
+            keyring,
+            max_body_bytes=api.max_body_bytes,
+            progress_after_s=api.progress_after_s,
+            guard=partial(Guard, keyring=keyring, quotas=quotas, open_requests=room),
+        )
+        driving = asyncio.create_task(driver.run())
         await _serve(app, listener, relay, stop, api, certificate)
     finally:
         listener.close()
+        if driving:
+            driving.cancel()
+            await asyncio.gather(driving, return_exceptions=True)
         await relay.drain(0)
         await relay.close()
+        await progress.stop()
         await keyring.stop()
         await catalog.stop()
         await waits.stop()

@@ -2,6 +2,7 @@
 
     BusError
     |- BusUnavailable    no server answered in time, or it refused our credentials
+    |  '- NoResponder    nobody is there who would answer such a request
     |- JetStreamError    the JetStream API refused a call; .code is its err_code
 
 Messages are msgspec structs as JSON, so that ``nats sub 'hs.v1.>'`` reads well. Every
@@ -39,6 +40,10 @@ class BusError(Exception):
 
 
 class BusUnavailable(BusError):
+    pass
+
+
+class NoResponder(BusUnavailable):
     pass
 
 
@@ -268,6 +273,28 @@ class Bus:
             subject, self._encoder.encode(message), reply=reply, headers=self.headers(**headers)
         )
 
+    async def request(
+        self, subject: str, message: msgspec.Struct, kind: Any, timeout_s: float = 5.0
+    ) -> Any:
+        """Publish, and wait for the one answer: a ``kind``, or one of a union of them.
+
+        Raises NoResponder, BusUnavailable where no answer came in time, BusError for an answer
+        that can not be read.
+        """
+        data, headers = self._encoder.encode(message), self.headers() or None
+        try:
+            msg = await self._client.request(subject, data, timeout=timeout_s, headers=headers)
+        except nats.errors.NoRespondersError as error:
+            raise NoResponder(f"nobody answers requests on {subject}") from error
+        except TimeoutError as error:
+            raise BusUnavailable(f"{subject}: no answer within {timeout_s:g} s") from error
+        except nats.errors.Error as error:
+            raise BusError(f"{subject}: {error}") from error
+        try:
+            return msgspec.json.decode(msg.data, type=kind)
+        except msgspec.DecodeError as error:
+            raise BusError(f"{subject}: unreadable answer: {error}") from error
+
     async def publish_raw(
         self, subject: str, data: bytes, *, reply: str = "", headers: dict[str, str] | None = None
     ) -> None:
@@ -300,8 +327,9 @@ class Bus:
 
         return await self.subscribe_raw(subject, on_raw)
 
-    async def subscribe_raw(self, subject: str, handler: RawHandler) -> Hook:
-        """Like `subscribe`, undecoded (status messages included).
+    async def subscribe_raw(self, subject: str, handler: RawHandler, *, queue: str = "") -> Hook:
+        """Like `subscribe`, undecoded (status messages included). Of those who subscribe with the
+        same ``queue`` one gets each message.
 
         The undo lets the handler see whatever the server had sent before it took note.
         """
@@ -313,7 +341,7 @@ class Bus:
                 log.exception("handler of %s failed on %s", subject, msg.subject)
 
         subscription: Subscription = await self._client.subscribe(
-            subject, cb=on_msg, pending_msgs_limit=-1, pending_bytes_limit=-1
+            subject, queue, cb=on_msg, pending_msgs_limit=-1, pending_bytes_limit=-1
         )
 
         async def unsubscribe() -> None:
@@ -381,8 +409,15 @@ class Bus:
         self, subject: str, data: bytes, headers: dict[str, str], timeout_s: float = 5.0
     ) -> int:
         """Publish into the stream that owns ``subject``; returns its sequence number."""
+        seq, _ = await self.store_once(subject, data, headers, timeout_s)
+        return seq
+
+    async def store_once(
+        self, subject: str, data: bytes, headers: dict[str, str], timeout_s: float = 5.0
+    ) -> tuple[int, bool]:
+        """Likewise; also whether it is new: a known Nats-Msg-Id has the number that it had."""
         ack = await self._js_request(subject, data, headers, timeout_s)
-        return int(ack["seq"])
+        return int(ack["seq"]), not ack.get("duplicate", False)
 
     async def _js_request(
         self, subject: str, data: bytes, headers: dict[str, str] | None, timeout_s: float
