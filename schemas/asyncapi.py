@@ -375,7 +375,7 @@ def _headers(msg_id: str) -> Json:
             "traceparent": {"type": "string", "description": "W3C trace context."},
             names.HEADER_TENANT: {
                 "type": "string",
-                "description": "Who the request is for: a hash of the client's API key.",
+                "description": "Who the request is for: the id of the client's API key.",
             },
         },
         "required": ["Nats-Msg-Id"],

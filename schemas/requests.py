@@ -3,7 +3,7 @@
 The request carries its own reply subject: tokens come back there over core NATS, while
 the queue's acknowledgement stays between the agent and JetStream.
 
-``tenant``: who it is for, as a hash of the client's API key; "" where it gave none. The key itself
+``tenant``: who it is for, as the id of the client's API key; "" where it gave none. The key itself
 never leaves the api.
 """
 
