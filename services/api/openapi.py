@@ -192,7 +192,7 @@ def _of(kind: type[msgspec.Struct]) -> Json:
 
 
 def _schemas() -> Json:
-    kinds = (
+    kinds: tuple[type[msgspec.Struct], ...] = (
         openai.ChatCompletionRequest,
         openai.ChatCompletion,
         openai.ChatCompletionChunk,

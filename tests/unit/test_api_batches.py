@@ -7,7 +7,7 @@ from typing import Any, get_args
 import msgspec
 import pytest
 
-from schemas.batches import BatchError, BatchRecord, BatchStatus
+from schemas.batches import BatchEndpoint, BatchError, BatchRecord, BatchStatus
 from schemas.stream import Failed, Finished, RequestTiming, Started, Tokens, Vectors
 from services.api.batches import answers, states, wire
 from services.api.batches.lines import MAX_ERRORS, Input, Line, parse, split
@@ -16,7 +16,7 @@ from services.api.embeddings import ParsedEmbeddings
 from services.api.errors import ApiError
 from services.api.parsing import Parsed
 
-CHAT = "/v1/chat/completions"
+CHAT: BatchEndpoint = "/v1/chat/completions"
 RECORD = BatchRecord("batch_1", CHAT, "file-1", "24h", 100, 200, "validating")
 BODY: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
