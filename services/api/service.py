@@ -50,7 +50,7 @@ async def run(settings: Settings, bus_options: BusOptions, *, stop: asyncio.Even
     waits = Waits(bus)
     after = waits.retry_after_s
     relay = Relay(bus, api.request_timeout_s, api.max_queued_per_model, after)
-    catalog = Catalog(bus, relay.model_failed, after)
+    catalog = Catalog(bus, relay.model_failed, after, relay.model_gone)
     try:
         await declare(bus, api.max_queued_per_model)
         await waits.start()
