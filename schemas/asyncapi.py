@@ -247,8 +247,8 @@ OPERATIONS = (
         "scheduler",
         "send",
         "events",
-        "Report a change of leader, of deployments, models that nobody can serve, and what was "
-        "decided and why.",
+        "Report changes of leader and deployments, models that nobody can serve, and decisions "
+        "with their reasons.",
         get_args(events.SchedulerEvent),
     ),
     Operation("scheduler", "receive", "admin", "Change deployments, and what is where."),

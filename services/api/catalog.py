@@ -37,21 +37,36 @@ log = logging.getLogger(__name__)
 _AGENT_PREFIX = names.agent_lease_key("x").removesuffix("x")
 
 OnUnavailable = Callable[[str, str], None]
+_REMOVED = "its deployment was removed"
+
+
+def _nothing(model: str, reason: str) -> None:
+    """Nobody wants to be told."""
 
 
 class Catalog:
-    """``on_unavailable(model, reason)`` is called when a deployment fails or goes away."""
+    """``on_unavailable(model, reason)`` is called when a deployment fails or goes away,
+    ``on_gone`` when nobody can go on with a request for one that was removed.
+    """
 
     def __init__(
-        self, bus: Bus, on_unavailable: OnUnavailable, retry_after_s: RetryAfter = unknown
+        self,
+        bus: Bus,
+        on_unavailable: OnUnavailable,
+        retry_after_s: RetryAfter = unknown,
+        on_gone: OnUnavailable = _nothing,
     ) -> None:
         self._on_unavailable = on_unavailable
+        self._on_gone = on_gone
         self._retry_after_s = retry_after_s
         self._deployments = Mirror(bus, names.BUCKET_MODELS, DeploymentRecord, self._on_deployment)
         self._residency = Mirror(
-            bus, names.BUCKET_RESIDENCY, ResidencyRecord, lambda key, record: self._wake()
+            bus, names.BUCKET_RESIDENCY, ResidencyRecord, lambda key, record: self._moved()
         )
-        self._leases = Mirror(bus, names.BUCKET_LEASES, LeaseRecord, lambda key, record: None)
+        self._leases = Mirror(
+            bus, names.BUCKET_LEASES, LeaseRecord, lambda key, record: self._end_gone()
+        )
+        self._leaving: dict[str, None] = {}  # deployments that were removed, and are somewhere yet
         self._undo: list[Callable[[], object]] = []
         self._aliases: dict[str, str] = {}  # alias -> deployment
         self._awaited: set[asyncio.Event] = set()  # by those who wait for a change
@@ -161,6 +176,19 @@ class Catalog:
         finally:
             self._awaited.discard(changed)
 
+    def _moved(self) -> None:
+        self._wake()
+        self._end_gone()
+
+    def _end_gone(self) -> None:
+        """Running requests of a removed deployment may end where it is; then nobody has them."""
+        for name in list(self._leaving):
+            if names.escape(name) in self._deployments.values:
+                del self._leaving[name]
+            elif set(self.states(name).values()) <= {"cold", "failed"}:
+                del self._leaving[name]
+                self._on_gone(name, _REMOVED)
+
     def _wake(self) -> None:
         for changed in self._awaited:
             changed.set()
@@ -217,6 +245,8 @@ class Catalog:
             self._aliases |= dict.fromkeys(record.spec.aliases, name)
         self._wake()
         if record is None:
-            self._on_unavailable(names.unescape(key), "its deployment was removed")
+            self._on_unavailable(name, _REMOVED)
+            self._leaving[name] = None
+            self._end_gone()
         elif record.status == "failed":
             self._on_unavailable(record.spec.name, record.reason)

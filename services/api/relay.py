@@ -208,6 +208,12 @@ class Relay:
                 error = errors.model_unavailable(model, reason, retry_after_s)
                 self._give_up(call, error, "model_failed")
 
+    def model_gone(self, model: str, reason: str) -> None:
+        """End whatever is for ``model``: nobody has it any more (way 5)."""
+        for call in list(self._calls.values()):
+            if call.model == model:
+                self._give_up(call, errors.model_unavailable(model, reason), "model_failed")
+
     async def drain(self, grace_s: float) -> None:
         """Take no more; let open requests end for ``grace_s`` seconds, then end them (way 8)."""
         self._closing = True

@@ -79,7 +79,12 @@ async def run(settings: Settings, bus_options: BusOptions, *, stop: asyncio.Even
     after = waits.retry_after_s
     quotas = Quotas()
     keyring = Keyring(bus, required=api.requires_keys, gone=quotas.forget)
-    catalog = Catalog(bus, lambda model, why: relay.model_failed(model, why), after)
+    catalog = Catalog(
+        bus,
+        lambda model, why: relay.model_failed(model, why),
+        after,
+        lambda model, why: relay.model_gone(model, why),
+    )
     admission = Admission(keyring, quotas, catalog, api.max_prompt_chars)
     limits = (api.request_timeout_s, api.max_queued_per_model, after)
     relay = Relay(bus, *limits, admit=admission.admit, ended=admission.ended)

@@ -146,3 +146,31 @@ async def test_whoever_waits_for_a_change_is_woken(catalog: Catalog) -> None:
     alias(catalog, "a")
     assert await waiting
     assert not await catalog.until(lambda: False, 0.0)
+
+
+def test_requests_of_a_removed_deployment_have_until_nobody_has_it(gone: Gone) -> None:
+    lost = Gone()
+    catalog = Catalog(cast(Bus, None), gone, on_gone=lost)
+    deploy(catalog, "m")
+    place(catalog, "g0", "m", "draining")
+    live(catalog, "g0")
+    del catalog._deployments.values["m"]
+    catalog._on_deployment("m", None)
+    assert (gone, lost) == ([("m", "its deployment was removed")], [])
+    place(catalog, "g0", "m", "cold")  # its worker died
+    catalog._moved()
+    assert lost == [("m", "its deployment was removed")]
+    catalog._moved()
+    assert len(lost) == 1
+
+
+def test_a_deployment_that_came_back_in_time_goes_on_with_them(gone: Gone) -> None:
+    lost = Gone()
+    catalog = Catalog(cast(Bus, None), gone, on_gone=lost)
+    place(catalog, "g0", "m", "draining")
+    live(catalog, "g0")
+    catalog._on_deployment("m", None)
+    deploy(catalog, "m")
+    place(catalog, "g0", "m", "cold")
+    catalog._moved()
+    assert lost == []
