@@ -1,5 +1,7 @@
 """A model's tokenizer side: prompts to token ids, and which ids end a completion."""
 
+import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -7,12 +9,23 @@ from typing import Any, Final
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, GenerationConfig
 
-from schemas.requests import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from schemas.requests import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt, Tool
+from schemas.state import ToolFormat
+from schemas.stream import ErrorCode
 from services.gpu_agent.engine.pieces import Pieces
+from services.gpu_agent.tool_format import MARKERS, format_of
 
 
 class InvalidPrompt(Exception):
     """The prompt cannot be turned into tokens of this model. The message is for the client."""
+
+    code: ErrorCode = "invalid_prompt"
+
+
+class NoTools(InvalidPrompt):
+    """The model's chat template knows no tools."""
+
+    code = "tools_not_supported"
 
 
 class BadTokenizer(Exception):
@@ -51,6 +64,28 @@ class ModelText:
         vocab_size = int(config.get_text_config().vocab_size)
         return cls(model, tokenizer, _eos_ids(folder, config, tokenizer), vocab_size)
 
+    @functools.cached_property
+    def tool_format(self) -> ToolFormat:
+        """How its chat template writes calls of tools; "": it knows none."""
+        try:
+            template = self.tokenizer.get_chat_template(tools=[{}])
+        except (ValueError, AttributeError):  # it has none
+            return ""
+        return format_of(template)
+
+    def tokenizer_for(self, prompt: Prompt) -> Any:
+        """What decodes a completion of ``prompt``: markers of tool calls are text where tools are
+        offered, although many tokenizers have them as special tokens.
+        """
+        offers = isinstance(prompt, ChatPrompt) and prompt.tools
+        return self._shows_markers if offers else self.tokenizer
+
+    @functools.cached_property
+    def _shows_markers(self) -> Any:
+        special = set(self.tokenizer.all_special_ids)
+        shown = {i for word in MARKERS if (i := self.tokenizer.get_vocab().get(word)) in special}
+        return _ShowsMarkers(self.tokenizer, special - shown) if shown else self.tokenizer
+
     def encode(self, prompt: Prompt) -> list[int]:
         """``prompt`` as token ids, at least one. Raises InvalidPrompt."""
         match prompt:
@@ -78,14 +113,16 @@ class ModelText:
                 f"model {self.model!r} has no chat template: use the completions endpoint, "
                 "or add chat_template.jinja to the model's folder"
             )
-        messages = [
-            {"role": message.role, "content": message.content}
-            | ({} if message.name is None else {"name": message.name})
-            for message in prompt.messages
-        ]
+        if prompt.tools and not self.tool_format:
+            raise NoTools(
+                f"the chat template of model {self.model!r} does not know tools: leave them out, or "
+                "use another model"
+            )
+        messages = [_as_dict(message) for message in prompt.messages]
+        tools = [_tool_as_dict(tool) for tool in prompt.tools]
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+                messages, tools=tools or None, tokenize=False, add_generation_prompt=True
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             # Templates refuse by raise_exception(...), for example a role they do not know.
@@ -95,6 +132,44 @@ class ModelText:
             ) from error
         # The template writes the special tokens itself; a second BOS would change the answer.
         return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+class _ShowsMarkers:
+    """A tokenizer's decoder that drops the special tokens in ``hidden`` only."""
+
+    def __init__(self, tokenizer: Any, hidden: set[int]) -> None:
+        self._tokenizer = tokenizer
+        self._hidden = hidden
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True, **options: Any) -> str:
+        if skip_special_tokens:
+            ids = [token_id for token_id in ids if token_id not in self._hidden]
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, **options))
+
+
+def _as_dict(message: ChatMessage) -> dict[str, Any]:
+    """As chat templates take messages: like OpenAI's, but for arguments, which are no text."""
+    found: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.name is not None:
+        found["name"] = message.name
+    if message.tool_call_id is not None:
+        found["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        found["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.loads(call.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    return found
+
+
+def _tool_as_dict(tool: Tool) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": tool.name, "description": tool.description}
+    function["parameters"] = tool.parameters or {"type": "object", "properties": {}}
+    return {"type": "function", "function": function}
 
 
 def _eos_ids(folder: Path, config: Any, tokenizer: Any) -> frozenset[int]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from schemas.requests import GenerateRequest
 from schemas.stream import FinishReason, TokenLogprob, TokenLogprobs
 from services.gpu_agent.engine.detokenize import TextStream
+from services.gpu_agent.engine.grammar import Constraint
 from services.gpu_agent.engine.kv import Span
 from services.gpu_agent.engine.kv_manager import RowKV
 from services.gpu_agent.engine.pieces import Pieces
@@ -44,15 +45,22 @@ class Row:
     ended: bool = False
 
     @classmethod
-    def of(cls, request: GenerateRequest, ids: list[int], max_new: int, text: ModelText) -> "Row":
+    def of(
+        cls,
+        request: GenerateRequest,
+        ids: list[int],
+        max_new: int,
+        text: ModelText,
+        constraint: Constraint | None = None,
+    ) -> "Row":
         params = request.sampling
         return cls(
             request=request,
             ids=ids,
             num_prompt=len(ids),
             max_new=max_new,
-            sampler=Sampler(params, text.eos_ids, ids),
-            text=TextStream(text.tokenizer, ids, params.stop),
+            sampler=Sampler(params, text.eos_ids, ids, constraint),
+            text=TextStream(text.tokenizer_for(request.prompt), ids, params.stop),
             pieces=text.pieces,
             end_ids=frozenset(params.stop_token_ids)
             | (frozenset() if params.ignore_eos else text.eos_ids),
@@ -61,6 +69,23 @@ class Row:
     @property
     def request_id(self) -> str:
         return self.request.request_id
+
+    @property
+    def awaits_grammar(self) -> bool:
+        """It cannot begin: another thread still reads its grammar."""
+        constraint = self.sampler.constraint
+        return constraint is not None and not constraint.has_begun
+
+    @property
+    def is_grammar_read(self) -> bool:
+        """`begin_grammar` may be called."""
+        constraint = self.sampler.constraint
+        return constraint is not None and constraint.is_ready
+
+    def begin_grammar(self) -> None:
+        """It waits for its grammar no longer. Raises InvalidGrammar."""
+        if self.sampler.constraint:
+            self.sampler.constraint.begin()
 
     @property
     def num_new(self) -> int:
@@ -105,9 +130,10 @@ class Row:
         ]
         if stopped:
             out.append(self.finish("stop"))
-        elif is_end or self.num_new >= self.max_new:
+        elif is_end or self.num_new >= self.max_new or self.sampler.is_over:
             rest, stopped = self.text.flush(may_stop)
-            reason: FinishReason = "stop" if is_end or stopped else "length"
+            is_whole = is_end or stopped or self.sampler.is_over
+            reason: FinishReason = "stop" if is_whole else "length"
             out.append(self.finish(reason, rest))
         return out
 
