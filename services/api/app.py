@@ -1,5 +1,7 @@
 """The routes. Parsing, waiting and answering are elsewhere; here they are put together."""
 
+import dataclasses
+import functools
 from importlib import resources
 from typing import Annotated, Any
 
@@ -20,6 +22,8 @@ from services.api.parsing import Parsed, parse_chat, parse_completion
 from services.api.relay import Relay
 from services.api.respond import respond
 from services.api.tenants import tenant_of
+from services.api.tool_calls import ToolParser
+from services.api.tools import ToolUse
 from services.api.tracing import Traced, request_id_of
 from services.bus import Bus
 from services.telemetry import ATTR_MODEL
@@ -96,11 +100,20 @@ async def _generate(request: HttpRequest, state: State, parsed: Parsed) -> ASGIA
     catalog: Catalog = state.catalog
     relay: Relay = state.relay
     catalog.require(parsed.model)
+    if tool_use := parsed.tool_use:
+        catalog.require_tools(parsed.model)
+        # Only later: what nobody had looked at when the request came is known when it is answered.
+        parser = functools.partial(_tool_parser, tool_use, catalog, parsed.model)
+        parsed = dataclasses.replace(parsed, tool_parser=parser)
     request_id = request_id_of(request.scope)
     tenant = tenant_of(request.headers.get("authorization"))
     what = (parsed.model, parsed.prompt, parsed.sampling)
     call = await relay.open(request_id, *what, tenant=tenant)
     return await respond(parsed, call, relay, request.receive)
+
+
+def _tool_parser(tool_use: ToolUse, catalog: Catalog, model: str) -> ToolParser:
+    return tool_use.parser(catalog.tool_format(model))
 
 
 # -- models --------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from schemas.state import (
     ReplicaState,
     ResidencyRecord,
     Runner,
+    ToolFormat,
 )
 from services.api import errors
 from services.api.openai import HotswapInfo, Model
@@ -124,6 +125,17 @@ class Catalog:
         if record.facts and dimensions > record.facts.dimensions:
             words = f"dimensions = {dimensions}: vectors of model {model!r} have "
             raise errors.invalid("dimensions", f"{words}{record.facts.dimensions}.")
+
+    def require_tools(self, model: str) -> None:
+        """Raise ApiError where ``model`` is known to know no tools."""
+        record = self._deployments.values.get(names.escape(model))
+        if record and record.facts and not record.facts.tool_format:
+            raise errors.tools_not_supported(model)
+
+    def tool_format(self, model: str) -> ToolFormat:
+        """How ``model`` writes calls of tools; "" where that is not known."""
+        record = self._deployments.values.get(names.escape(model))
+        return record.facts.tool_format if record and record.facts else ""
 
     def models(self) -> list[Model]:
         """All deployments, by name."""

@@ -21,7 +21,6 @@ _MAX_NAME = 64
 HARMLESS = frozenset(
     {
         "metadata",
-        "parallel_tool_calls",  # means nothing without tools
         "prompt_cache_key",
         "prompt_cache_retention",
         "safety_identifier",
@@ -47,12 +46,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": ([],),
     "bad_words": ([],),
     "logits_processors": ([],),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": ([],),
-    "guided_grammar": (),
+    "guided_whitespace_pattern": (),
+    "guided_decoding_backend": (),
+    "structural_tag": (),
     "priority": (0,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
@@ -62,8 +58,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _NEUTRAL_OF: dict[Endpoint, dict[str, tuple[Any, ...]]] = {
     "chat": _NEUTRAL
     | {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),

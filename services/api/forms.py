@@ -3,7 +3,7 @@
 Pure: pieces and the finished run in, bytes out. `respond` waits and sends.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 from msgspec import UNSET
@@ -14,6 +14,7 @@ from services.api.answer import Piece
 from services.api.call import Call
 from services.api.openai import WireFinishReason
 from services.api.parsing import Parsed
+from services.api.tool_calls import Arguments, CallBegun, Event, Said
 
 _encode = msgspec.json.Encoder().encode
 
@@ -26,9 +27,11 @@ def _event(chunk: msgspec.Struct) -> bytes:
     return event_bytes(_encode(chunk))
 
 
-def _reason(finished: Finished) -> WireFinishReason:
+def _reason(finished: Finished, num_calls: int = 0) -> WireFinishReason:
     # "cancelled" never gets here: the relay runs such a request again, or ends it with an error.
-    return "length" if finished.finish_reason == "length" else "stop"
+    if finished.finish_reason == "length":
+        return "length"
+    return "tool_calls" if num_calls else "stop"
 
 
 def _usage(finished: Finished) -> openai.Usage:
@@ -46,32 +49,82 @@ def whole(parsed: Parsed, call: Call, pieces: list[Piece], finished: Finished) -
     text = "".join(piece.text for piece in pieces)
     told = [one for piece in pieces for one in piece.logprobs]
     if parsed.endpoint == "chat":
-        chat = openai.ChatChoice(
-            openai.AnswerMessage(text), _reason(finished), logprobs=logprobs.of_chat(told)
-        )
+        message = _message(parsed, text)
+        reason = _reason(finished, len(message.tool_calls or ()))
+        chat = openai.ChatChoice(message, reason, logprobs=logprobs.of_chat(told))
         return _encode(openai.ChatCompletion(*head, [chat], _usage(finished)))
     choice = openai.TextChoice(text, _reason(finished), logprobs=logprobs.of_text(told))
     return _encode(openai.Completion(*head, [choice], _usage(finished)))
 
 
+def _message(parsed: Parsed, text: str) -> openai.AnswerMessage:
+    if parsed.tool_parser is None:
+        return openai.AnswerMessage(text)
+    parser = parsed.tool_parser()
+    said: list[str] = []
+    calls: list[openai.AnswerToolCall] = []
+    for event in (*parser.push(text), *parser.finish()):
+        match event:
+            case Said(more):
+                said.append(more)
+            case CallBegun(_, call_id, name):
+                calls.append(openai.AnswerToolCall(call_id, openai.CalledFunction(name, "")))
+            case Arguments(index, more):
+                calls[index].function.arguments += more
+    if not calls:
+        return openai.AnswerMessage("".join(said))
+    return openai.AnswerMessage("".join(said) or None, tool_calls=calls)
+
+
+def _delta(event: Event) -> openai.Delta:
+    match event:
+        case Said(text):
+            return openai.Delta(content=text)
+        case CallBegun(index, call_id, name):
+            function = openai.DeltaFunction("", name)
+            return openai.Delta(
+                tool_calls=[openai.DeltaToolCall(index, function, call_id, "function")]
+            )
+        case Arguments(index, text):
+            function = openai.DeltaFunction(text)
+            return openai.Delta(tool_calls=[openai.DeltaToolCall(index, function)])
+
+
 class _ChatChunks:
-    """The events of a chat stream: the role, the texts, the finish reason, the usage if wanted."""
+    """The events of a chat stream: the role, the texts and calls, the finish reason, the usage if
+    wanted.
+    """
 
     def __init__(self, parsed: Parsed, call: Call) -> None:
         self._id = _answer_id(parsed, call)
         self._created = int(call.request.created_at)
         self._model = parsed.model
         self._wants_usage = parsed.include_usage
+        self._parser = parsed.tool_parser() if parsed.tool_parser else None
 
     def opening(self) -> Iterator[bytes]:
         yield self._chunk(openai.Delta(role="assistant", content=""))
 
     def piece(self, piece: Piece) -> bytes:
         told = logprobs.of_chat(piece.logprobs)
-        return self._chunk(openai.Delta(content=piece.text), told=told)
+        if self._parser is None:
+            return self._chunk(openai.Delta(content=piece.text), told=told)
+        return self._events(self._parser.push(piece.text), told)
+
+    def _events(self, events: Iterable[Event], told: openai.ChatLogprobs | None = None) -> bytes:
+        """Log probabilities go with the first one, or alone where the text is held back."""
+        deltas = [_delta(event) for event in events]
+        if told and not deltas:
+            deltas = [openai.Delta()]
+        return b"".join(
+            self._chunk(delta, told=None if at else told) for at, delta in enumerate(deltas)
+        )
 
     def closing(self, finished: Finished) -> Iterator[bytes]:
-        yield self._chunk(openai.Delta(), _reason(finished))
+        if self._parser:
+            yield self._events(self._parser.finish())
+        num_calls = self._parser.num_calls if self._parser else 0
+        yield self._chunk(openai.Delta(), _reason(finished, num_calls))
         if self._wants_usage:
             yield _event(
                 openai.ChatCompletionChunk(

@@ -8,6 +8,7 @@ struct has, and what value a wrong field had.
 
 import re
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from schemas.requests import (
     SAMPLING_RANGES,
     ChatMessage,
     ChatPrompt,
+    Grammar,
     Prompt,
     SamplingParams,
     TextPrompt,
@@ -28,6 +30,9 @@ from services.api import fields
 from services.api.errors import ApiError, invalid
 from services.api.fields import Endpoint, show
 from services.api.openai import ChatCompletionRequest, CompletionRequest, Message, SamplingFields
+from services.api.structured import grammar_of
+from services.api.tool_calls import ToolParser
+from services.api.tools import ToolUse, answered_call, earlier_calls, tool_use_of
 
 T = TypeVar("T")
 
@@ -42,7 +47,10 @@ _TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")  # as a JSON key
 
 @dataclass(frozen=True)
 class Parsed:
-    """One valid request. ``ignored``: the fields that nobody here knows."""
+    """One valid request. ``ignored``: the fields that nobody here knows. ``tool_use``: None where
+    the model is shown no tools; else ``tool_parser`` makes what tells calls from text, once the
+    model's way to write them is known.
+    """
 
     endpoint: Endpoint
     model: str
@@ -51,6 +59,8 @@ class Parsed:
     stream: bool
     include_usage: bool
     ignored: list[str]
+    tool_use: ToolUse | None = None
+    tool_parser: Callable[[], ToolParser] | None = None
 
 
 def parse_chat(body: bytes) -> Parsed:
@@ -62,7 +72,9 @@ def parse_chat(body: bytes) -> Parsed:
         raise invalid("messages", "messages = [] must hold at least one message.")
     messages = tuple(_message(i, message) for i, message in enumerate(request.messages))
     key = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
-    return _parsed("chat", request, raw, ChatPrompt(messages), key, getattr(request, key))
+    tool_use = tool_use_of(request)
+    prompt = ChatPrompt(messages, tool_use.tools if tool_use else ())
+    return _parsed("chat", request, raw, prompt, key, getattr(request, key), tool_use)
 
 
 def parse_completion(body: bytes) -> Parsed:
@@ -82,6 +94,7 @@ def _parsed(
     prompt: Prompt,
     max_key: str,
     max_tokens: int | None,
+    tool_use: ToolUse | None = None,
 ) -> Parsed:
     options = request.stream_options
     if options and not request.stream:
@@ -97,10 +110,11 @@ def _parsed(
         endpoint=endpoint,
         model=request.model,
         prompt=prompt,
-        sampling=_sampling(request, max_key, max_tokens),
+        sampling=_sampling(request, max_key, max_tokens, tool_use),
         stream=bool(request.stream),
         include_usage=bool(options and options.include_usage),
         ignored=fields.ignored(raw, endpoint, request.__struct_fields__),
+        tool_use=tool_use,
     )
 
 
@@ -152,19 +166,19 @@ def _explain(error: msgspec.ValidationError, raw: dict[str, Any]) -> ApiError:
 
 def _message(index: int, message: Message) -> ChatMessage:
     where = f"messages[{index}]"
-    for key in ("tool_calls", "function_call"):
-        if getattr(message, key):
-            param = f"{where}.{key}"
-            words = f"{param} is not supported by this server: it does not do tools."
-            raise ApiError(400, "unsupported_parameter", words, param=param)
-    if message.content is None:
+    if message.function_call:
+        param = f"{where}.function_call"
+        words = f"{param} is not supported by this server: send tool_calls."
+        raise ApiError(400, "unsupported_parameter", words, param=param)
+    calls, answers = earlier_calls(where, message), answered_call(where, message)
+    if message.content is None and not calls:
         raise invalid(f"{where}.content", f"{where}.content is required: a string or text parts.")
     # "developer" is OpenAI's newer word for the same thing; chat templates know only "system".
     role = "system" if message.role == "developer" else message.role
     if isinstance(message.content, str):
-        return ChatMessage(role, message.content, message.name)
+        return ChatMessage(role, message.content, message.name, calls, answers)
     texts = []
-    for i, part in enumerate(message.content):
+    for i, part in enumerate(message.content or ()):
         param = f"{where}.content[{i}]"
         if part.type != "text":
             words = f"{param}.type = {show(part.type)} is not supported: only text is."
@@ -172,7 +186,7 @@ def _message(index: int, message: Message) -> ChatMessage:
         if part.text is None:
             raise invalid(f"{param}.text", f"{param}.text is required and missing.")
         texts.append(part.text)
-    return ChatMessage(role, "\n".join(texts), message.name)
+    return ChatMessage(role, "\n".join(texts), message.name, calls, answers)
 
 
 def _prompt(prompt: str | list[Any]) -> Prompt:
@@ -194,7 +208,9 @@ def _prompt(prompt: str | list[Any]) -> Prompt:
 # -- sampling ------------------------------------------------------------------------------
 
 
-def _sampling(request: SamplingFields, max_key: str, max_tokens: int | None) -> SamplingParams:
+def _sampling(
+    request: SamplingFields, max_key: str, max_tokens: int | None, tool_use: ToolUse | None
+) -> SamplingParams:
     _in_range(max_key, max_tokens, 1, _MAX_COUNT)
     _in_range("min_tokens", request.min_tokens, 0, _MAX_COUNT)
     for key, (low, high) in SAMPLING_RANGES.items():
@@ -226,7 +242,19 @@ def _sampling(request: SamplingFields, max_key: str, max_tokens: int | None) -> 
         stop_token_ids=_stop_token_ids(request.stop_token_ids),
         logit_bias=_logit_bias(request.logit_bias),
         logprobs=_logprobs(request),
+        grammar=_grammar(request, tool_use),
     )
+
+
+def _grammar(request: SamplingFields, tool_use: ToolUse | None) -> Grammar | None:
+    asked = grammar_of(request)
+    if asked is None:
+        return tool_use.grammar if tool_use else None
+    if tool_use:
+        field = asked.field.partition(".")[0]
+        words = f"{field} and tools do not go together: an answer is one or the other; "
+        raise invalid(field, words + 'leave one out, or send tool_choice = "none".')
+    return asked
 
 
 def _logprobs(request: SamplingFields) -> int | None:

@@ -236,7 +236,8 @@ class Relay:
                 self._run_again(call, chunk.request_id, chunk.message)
             case Failed() if chunk.request_id == call.newest_run:
                 retry_after_s = self._retry_after_s(call.model)
-                error = errors.from_failure(chunk.code, chunk.message, call.param, retry_after_s)
+                param = call.param_of(chunk.code)
+                error = errors.from_failure(chunk.code, chunk.message, param, retry_after_s)
                 self._end(call, error, chunk.request_id)
 
     def _on_tokens(self, call: Call, chunk: Tokens) -> None:
