@@ -113,7 +113,7 @@ class AllowedTools(msgspec.Struct):
 
 
 class ToolChoice(msgspec.Struct):
-    """``{"type": "function", "function": {"name": ...}}``, or ``{"type": "allowed_tools", ...}``."""
+    """``type``: "function", with its name, or "allowed_tools", with a mode and some of the tools."""
 
     type: str
     function: NamedFunction | None = None

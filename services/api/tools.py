@@ -44,7 +44,9 @@ def tool_use_of(request: ChatCompletionRequest) -> ToolUse | None:
     choice = request.tool_choice
     if not tools:
         if choice not in (None, "none", "auto"):
-            raise invalid("tool_choice", f"tool_choice = {_show(choice)} needs tools: there are none.")
+            raise invalid(
+                "tool_choice", f"tool_choice = {_show(choice)} needs tools: there are none."
+            )
         return None
     mode, names = _choice(choice, [tool.name for tool in tools])
     if mode == "none":
@@ -78,7 +80,9 @@ def _tools(given: list[ToolParam]) -> tuple[Tool, ...]:
             raise invalid(param, f"{param} is required and missing.", "missing_field")
         param = f"{where}.function.name"
         if not _NAME.fullmatch(function.name):
-            words = f"{param} = {show(function.name)} must have 1 to 64 of a-z, A-Z, 0-9, _, - and ."
+            words = (
+                f"{param} = {show(function.name)} must have 1 to 64 of a-z, A-Z, 0-9, _, - and ."
+            )
             raise invalid(param, words)
         if function.name in found:
             raise invalid(param, f"{param} = {show(function.name)} is there twice.")

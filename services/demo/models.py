@@ -45,7 +45,7 @@ CHAT_TEMPLATE: Final = (
     "{{ '<|im_start|>system\\nYou can call these functions:\\n<tools>\\n' }}"
     "{% for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}"
     "{{ '</tools>\\nTo call one, write its name and arguments as JSON:\\n<tool_call>\\n' }}"
-    "{{ '{\"name\": ..., \"arguments\": {...}}\\n</tool_call><|im_end|>\\n' }}"
+    '{{ \'{"name": ..., "arguments": {...}}\\n</tool_call><|im_end|>\\n\' }}'
     "{% endif %}"
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"

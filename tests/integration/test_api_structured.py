@@ -44,11 +44,11 @@ async def test_whole_calls(knows_tools: Stack) -> None:
     )
     [choice] = (await asking).choices
     assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Wait.")
-    first, second = choice.message.tool_calls or ()
-    assert first.type == second.type == "function"
-    assert (first.function.name, first.function.arguments) == ("f", '{"a": 1}')
-    assert (second.function.name, second.function.arguments) == ("g", "{}")
-    assert first.id != second.id
+    first, second = (call.model_dump() for call in choice.message.tool_calls or [])
+    assert first["type"] == second["type"] == "function"
+    assert first["function"] == {"name": "f", "arguments": '{"a": 1}'}
+    assert second["function"] == {"name": "g", "arguments": "{}"}
+    assert first["id"] != second["id"]
 
 
 async def test_streamed_calls_have_openais_exact_form(knows_tools: Stack) -> None:

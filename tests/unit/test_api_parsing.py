@@ -133,7 +133,11 @@ def test_messages() -> None:
         ]
     )
     assert parsed.prompt == ChatPrompt(
-        (ChatMessage("system", "x"), ChatMessage("user", "a\nb", "Ann"), ChatMessage("tool", "y", None, (), "1"))
+        (
+            ChatMessage("system", "x"),
+            ChatMessage("user", "a\nb", "Ann"),
+            ChatMessage("tool", "y", None, (), "1"),
+        )
     )
 
 

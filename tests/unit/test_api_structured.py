@@ -27,14 +27,31 @@ def grammar(parsed: Parsed) -> Grammar | None:
         ({"response_format": None, "structured_outputs": None, "guided_choice": []}, None),
         ({"response_format": {"type": "json_object"}}, ("json_object", "", "response_format")),
         (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": SCHEMA},
+                }
+            },
             ("json_schema", SCHEMA_TEXT, "response_format.json_schema.schema"),
         ),
-        ({"structured_outputs": {"json": SCHEMA}}, ("json_schema", SCHEMA_TEXT, "structured_outputs.json")),
-        ({"structured_outputs": {"json": SCHEMA_TEXT}}, ("json_schema", SCHEMA_TEXT, "structured_outputs.json")),
+        (
+            {"structured_outputs": {"json": SCHEMA}},
+            ("json_schema", SCHEMA_TEXT, "structured_outputs.json"),
+        ),
+        (
+            {"structured_outputs": {"json": SCHEMA_TEXT}},
+            ("json_schema", SCHEMA_TEXT, "structured_outputs.json"),
+        ),
         ({"structured_outputs": {"regex": "a+"}}, ("regex", "a+", "structured_outputs.regex")),
-        ({"structured_outputs": {"choice": ["é", "b"]}}, ("choice", '["é","b"]', "structured_outputs.choice")),
-        ({"structured_outputs": {"grammar": "root ::= x"}}, ("grammar", "root ::= x", "structured_outputs.grammar")),
+        (
+            {"structured_outputs": {"choice": ["é", "b"]}},
+            ("choice", '["é","b"]', "structured_outputs.choice"),
+        ),
+        (
+            {"structured_outputs": {"grammar": "root ::= x"}},
+            ("grammar", "root ::= x", "structured_outputs.grammar"),
+        ),
         (
             {"structured_outputs": {"json_object": True, "disable_fallback": True}},
             ("json_object", "", "structured_outputs.json_object"),
@@ -44,7 +61,7 @@ def grammar(parsed: Parsed) -> Grammar | None:
         ({"guided_choice": ["a"]}, ("choice", '["a"]', "guided_choice")),
         ({"guided_grammar": "x"}, ("grammar", "x", "guided_grammar")),
     ],
-)  # fmt: skip
+)
 def test_what_an_answer_must_be(parse: Any, fields: dict[str, Any], expected: Any) -> None:
     parsed = parse(**fields)
     assert grammar(parsed) == (Grammar(*expected) if expected else None)
@@ -58,15 +75,48 @@ def test_what_an_answer_must_be(parse: Any, fields: dict[str, Any], expected: An
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "'xml' is not supported"),
         ({"response_format": {}}, "response_format.type", "required"),
-        ({"response_format": {"type": "json_object", "json_schema": {"name": "x", "schema": {}}}}, "response_format.type", "does not go with"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": 3}}}, "response_format.json_schema.schema", "= 3"),
+        (
+            {
+                "response_format": {
+                    "type": "json_object",
+                    "json_schema": {"name": "x", "schema": {}},
+                }
+            },
+            "response_format.type",
+            "does not go with",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": 3}}},
+            "response_format.json_schema.schema",
+            "= 3",
+        ),
         ({"structured_outputs": {}}, "structured_outputs", "asks for nothing"),
-        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag", "not supported"),
-        ({"structured_outputs": {"whitespace_pattern": " "}}, "structured_outputs.whitespace_pattern", "not supported"),
-        ({"structured_outputs": {"disable_any_whitespace": True}}, "structured_outputs.disable_any_whitespace", "not supported"),
+        (
+            {"structured_outputs": {"structural_tag": "x"}},
+            "structured_outputs.structural_tag",
+            "not supported",
+        ),
+        (
+            {"structured_outputs": {"whitespace_pattern": " "}},
+            "structured_outputs.whitespace_pattern",
+            "not supported",
+        ),
+        (
+            {"structured_outputs": {"disable_any_whitespace": True}},
+            "structured_outputs.disable_any_whitespace",
+            "not supported",
+        ),
         ({"structured_outputs": {"regexp": "x"}}, "structured_outputs", "unknown field `regexp`"),
-        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.choice", "structured_outputs.regex and structured_outputs.choice"),
-        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex", "response_format and guided_regex both"),
+        (
+            {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+            "structured_outputs.choice",
+            "structured_outputs.regex and structured_outputs.choice",
+        ),
+        (
+            {"guided_regex": "a", "response_format": {"type": "json_object"}},
+            "guided_regex",
+            "response_format and guided_regex both",
+        ),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least one"),
         ({"guided_choice": ["a", ""]}, "guided_choice", "no empty one"),
         ({"guided_choice": "a"}, "guided_choice", "'a'"),
@@ -74,7 +124,7 @@ def test_what_an_answer_must_be(parse: Any, fields: dict[str, Any], expected: An
         ({"guided_json": "{"}, "guided_json", "is not JSON"),
         ({"guided_json": "[]"}, "guided_json", "must be a JSON schema"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(parse: Any, fields: dict[str, Any], param: str, words: str) -> None:
     error = refusal(parse, **fields)
     assert error.info.param == param
@@ -91,15 +141,34 @@ def test_what_is_refused(parse: Any, fields: dict[str, Any], param: str, words: 
         ({"tools": [F]}, "f", None, None),
         ({"tools": [F], "tool_choice": "auto", "parallel_tool_calls": False}, "f", None, 1),
         ({"tool_choice": "required"}, "fg", ("tool_calls", ["f", "g"]), None),
-        ({"tool_choice": "required", "parallel_tool_calls": False}, "fg", ("tool_call", ["f", "g"]), 1),
-        ({"tool_choice": {"type": "function", "function": {"name": "g"}}}, "fg", ("tool_call", ["g"]), 1),
         (
-            {"tool_choice": {"type": "allowed_tools", "allowed_tools": {
-                "mode": "required", "tools": [{"type": "function", "function": {"name": "f"}}]}}},
-            "f", ("tool_calls", ["f"]), None,
+            {"tool_choice": "required", "parallel_tool_calls": False},
+            "fg",
+            ("tool_call", ["f", "g"]),
+            1,
+        ),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "fg",
+            ("tool_call", ["g"]),
+            1,
+        ),
+        (
+            {
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "allowed_tools": {
+                        "mode": "required",
+                        "tools": [{"type": "function", "function": {"name": "f"}}],
+                    },
+                }
+            },
+            "f",
+            ("tool_calls", ["f"]),
+            None,
         ),
     ],
-)  # fmt: skip
+)
 def test_tools(fields: dict[str, Any], names: str, expected: Any, most: int | None) -> None:
     parsed = chat(**{"tools": [F, G]} | fields)
     assert isinstance(parsed.prompt, ChatPrompt)
@@ -139,17 +208,41 @@ def test_a_schema_goes_with_tools_that_are_not_to_be_called() -> None:
     [
         ({"tools": [{"type": "custom"}]}, "tools[0].type", "only function is"),
         ({"tools": [{"type": "function"}]}, "tools[0].function", "required"),
-        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "'a b'"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+            "tools[0].function.name",
+            "'a b'",
+        ),
         ({"tools": [F, F]}, "tools[1].function.name", "twice"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]}, "tools[0].function.parameters", "object"),
+        (
+            {
+                "tools": [
+                    {"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}
+                ]
+            },
+            "tools[0].function.parameters",
+            "object",
+        ),
         ({"tools": [F] * 129}, "tools", "129"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
         ({"tools": [F], "tool_choice": "any"}, "tool_choice", "'any'"),
-        ({"tools": [F], "tool_choice": {"type": "custom", "custom": {"name": "x"}}}, "tool_choice", "not supported"),
-        ({"tools": [F], "tool_choice": {"type": "function", "function": {"name": "h"}}}, "tool_choice.function.name", "none of the tools: f"),
-        ({"tools": [F], "response_format": {"type": "json_object"}}, "response_format", "response_format and tools"),
+        (
+            {"tools": [F], "tool_choice": {"type": "custom", "custom": {"name": "x"}}},
+            "tool_choice",
+            "not supported",
+        ),
+        (
+            {"tools": [F], "tool_choice": {"type": "function", "function": {"name": "h"}}},
+            "tool_choice.function.name",
+            "none of the tools: f",
+        ),
+        (
+            {"tools": [F], "response_format": {"type": "json_object"}},
+            "response_format",
+            "response_format and tools",
+        ),
     ],
-)  # fmt: skip
+)
 def test_tools_that_are_refused(fields: dict[str, Any], param: str, words: str) -> None:
     error = refusal(chat, **fields)
     assert error.info.param == param

@@ -74,7 +74,11 @@ CASES: list[tuple[GrammarKind, Any, Callable[[str], bool]]] = [
     ),
     ("regex", "[ab]{3}-é", lambda text: re.fullmatch("[ab]{3}-é", text) is not None),
     ("choice", ["red", 'gr"een\\', "blau\n"], lambda text: text in {"red", 'gr"een\\', "blau\n"}),
-    ("grammar", 'root ::= "x" [0-9] | "y"', lambda text: re.fullmatch("x[0-9]|y", text) is not None),
+    (
+        "grammar",
+        'root ::= "x" [0-9] | "y"',
+        lambda text: re.fullmatch("x[0-9]|y", text) is not None,
+    ),
     ("grammar", 'start: "x" /[0-9]/', lambda text: re.fullmatch("x[0-9]", text) is not None),
 ]
 
@@ -138,7 +142,7 @@ def test_other_settings_give_way_to_the_grammar(llama: Any, name: str) -> None:
 
 def test_an_end_is_chosen_only_where_the_grammar_may_end(llama: Any) -> None:
     batch = make_batch(llama, text=model_text(eos_ids=(END,)))
-    longing = {"logit_bias": {END: 100.0}, "max_tokens": 20}
+    longing: dict[str, Any] = {"logit_bias": {END: 100.0}, "max_tokens": 20}
     plus = grammar("regex", "a+")
     one = run(batch, request("a", PROMPT, grammar=plus, ignore_eos=False, **longing))["a"]
     assert (one.text, one.tokens[-1]) == ("a", END)
@@ -190,17 +194,21 @@ def test_a_request_waits_for_its_grammar_and_others_do_not(
     monkeypatch.setattr(Grammars, "_build", slow)
     batch = make_batch(llama, on_ready=told.set)
     answers = Answers()
+
+    def is_busy() -> bool:
+        return batch.is_busy
+
     answers.take(batch.submit(request("slow", PROMPT, grammar=grammar("regex", "abc"))))
-    assert not batch.is_busy
+    assert not is_busy()
     answers.take(batch.submit(request("quick", PROMPT, max_tokens=3)))
-    assert batch.is_busy
-    while batch.is_busy:
+    assert is_busy()
+    while is_busy():
         answers.take(batch.step())
     assert list(answers) == ["quick"]
     assert not told.is_set()
     gate.set()
     assert told.wait(30)
-    assert batch.is_busy
+    assert is_busy()
     assert run(batch, answers=answers)["slow"].text == "abc"
     # it is known from now on: nothing to wait for
     monkeypatch.setattr(Grammars, "_build", None)

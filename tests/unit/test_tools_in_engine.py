@@ -41,7 +41,7 @@ WORD = {
     "additionalProperties": False,
     "$defs": {"w": {"enum": ["a", "}"]}},
 }
-TOOLS = (Tool("digit", "gives \"it\"", DIGIT), Tool("word", parameters=WORD), Tool("nothing"))
+TOOLS = (Tool("digit", 'gives "it"', DIGIT), Tool("word", parameters=WORD), Tool("nothing"))
 
 
 @pytest.mark.parametrize(("form", "template"), TEMPLATES.items())
@@ -189,7 +189,9 @@ def test_a_template_sees_tools_calls_and_answers() -> None:
 
 def test_a_template_without_tools_is_named() -> None:
     text = ModelText("tiny", byte_tokenizer(), frozenset(), 256)
-    with pytest.raises(NoTools, match="chat template of model 'tiny' does not know tools") as caught:
+    with pytest.raises(
+        NoTools, match="chat template of model 'tiny' does not know tools"
+    ) as caught:
         text.encode(ChatPrompt((ChatMessage("user", "hi"),), TOOLS))
     assert caught.value.code == "tools_not_supported"
 

@@ -49,9 +49,9 @@ class Batch:
 
     ``module`` is a transformers causal language model, ``kv`` its cache, ``graphs`` its recorded
     decode steps where the device has such. ``on_ready()`` is called in another thread when a
-    request's grammar has been read, for which it waited. Every ``submit`` ends in exactly one Done or Broke,
-    from the call itself, from a later ``step``, ``expire`` or ``cancel``, or from ``abort``.
-    Nothing here raises for what a request or the model's forward pass does.
+    request's grammar has been read, for which it waited. Every ``submit`` ends in exactly one Done
+    or Broke, from the call itself, from a later ``step``, ``expire`` or ``cancel``, or from
+    ``abort``. Nothing here raises for what a request or the model's forward pass does.
     """
 
     def __init__(

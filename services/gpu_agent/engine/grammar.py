@@ -191,8 +191,8 @@ class Grammars:
             backend.no_truncation()
             ends = self._end_ids
             if not ends:
+                ends = [backend.get_vocab_size()]
                 backend.add_special_tokens([_NO_END])
-                ends = [backend.token_to_id(_NO_END)]
             return llguidance.LLTokenizer(
                 backend.to_str(), n_vocab=self._num_tokens, eos_token=ends
             )
@@ -204,7 +204,9 @@ class Grammars:
         matcher = llguidance.LLMatcher
         match grammar.kind:
             case "json_object":
-                return str(matcher.grammar_from_json_schema('{"type": "object"}', None, JSON_OPTIONS))
+                return str(
+                    matcher.grammar_from_json_schema('{"type": "object"}', None, JSON_OPTIONS)
+                )
             case "json_schema":
                 return str(matcher.grammar_from_json_schema(grammar.text, None, JSON_OPTIONS))
             case "regex":

@@ -115,8 +115,8 @@ class ModelText:
             )
         if prompt.tools and not self.tool_format:
             raise NoTools(
-                f"the chat template of model {self.model!r} does not know tools: leave them out, or "
-                "use another model"
+                f"the chat template of model {self.model!r} does not know tools: leave them "
+                "out, or use another model"
             )
         messages = [_as_dict(message) for message in prompt.messages]
         tools = [_tool_as_dict(tool) for tool in prompt.tools]
