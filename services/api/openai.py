@@ -113,7 +113,7 @@ class AllowedTools(msgspec.Struct):
 
 
 class ToolChoice(msgspec.Struct):
-    """``type``: "function", with its name, or "allowed_tools", with a mode and some of the tools."""
+    """``type``: "function", with a name, or "allowed_tools", with a mode and some of the tools."""
 
     type: str
     function: NamedFunction | None = None
