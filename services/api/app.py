@@ -38,6 +38,7 @@ from services.api.tokenize import (
     parse_detokenize,
     parse_tokenize,
 )
+from services.api.tool_answers import with_tools
 from services.api.tracing import Traced, request_id_of
 from services.bus import Bus
 from services.telemetry import ATTR_MODEL
@@ -172,6 +173,7 @@ async def _generate(request: HttpRequest, state: State, parsed: Parsed) -> ASGIA
     catalog: Catalog = state.catalog
     relay: Relay = state.relay
     deployment = catalog.require(parsed.model, key=key_of(request.scope))
+    parsed = with_tools(parsed, catalog, deployment)
     request_id = request_id_of(request.scope)
     tenant = tenant_of(request.headers.get("authorization"))
     timeout_s = timeout_of(request.headers.get(TIMEOUT_HEADER), parsed.timeout_s)

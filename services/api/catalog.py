@@ -20,6 +20,7 @@ from schemas.state import (
     ReplicaState,
     ResidencyRecord,
     Runner,
+    ToolFormat,
 )
 from services.api import errors, presets
 from services.api.deployment_settings import nearest
@@ -125,6 +126,17 @@ class Catalog:
             words = f"dimensions = {dimensions}: vectors of model {model!r} have "
             raise errors.invalid("dimensions", f"{words}{record.facts.dimensions}.")
         return record.spec.name
+
+    def require_tools(self, model: str) -> None:
+        """Raise ApiError where ``model`` is known to know no tools."""
+        record = self.find(model)
+        if record and record.facts and not record.facts.tool_format:
+            raise errors.tools_not_supported(model)
+
+    def tool_format(self, model: str) -> ToolFormat:
+        """How ``model`` writes calls of tools; "" where that is not known."""
+        record = self.find(model)
+        return record.facts.tool_format if record and record.facts else ""
 
     def records(self) -> list[DeploymentRecord]:
         """All deployments, by name."""

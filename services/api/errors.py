@@ -56,6 +56,8 @@ _SERVER = "server_error"
 _STATUS_OF_FAILURE: dict[ErrorCode, int] = {
     "context_length_exceeded": 400,
     "invalid_prompt": 400,
+    "invalid_grammar": 400,
+    "tools_not_supported": 400,
     "model_not_supported": 400,
     "model_unavailable": 503,
     "engine_failed": 500,
@@ -137,6 +139,11 @@ def model_not_supported(model: str, runner: Runner) -> ApiError:
     return ApiError(400, "model_not_supported", message, param="model")
 
 
+def tools_not_supported(model: str) -> ApiError:
+    message = f"The chat template of model {model!r} does not know tools: leave tools out."
+    return ApiError(400, "tools_not_supported", message, param="tools")
+
+
 def model_unavailable(model: str, reason: str, retry_after_s: int | None = None) -> ApiError:
     """``retry_after_s``: when the model is expected; None: not known."""
     message = f"The model {model!r} can not be served: {reason or 'no reason given'}"
@@ -194,6 +201,8 @@ def from_failure(
     param = prompt_param if status == 400 else None
     if code == "model_not_supported":
         param = "model"
+    elif code == "tools_not_supported":
+        param = "tools"
     if status != 503:
         retry_after_s = None
     elif code != "model_unavailable" or retry_after_s is None:

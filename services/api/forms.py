@@ -17,6 +17,8 @@ from services.api.fan import Choices, Told
 from services.api.openai import WireFinishReason
 from services.api.parsing import Parsed
 from services.api.served import served
+from services.api.tool_calls import ToolParser
+from services.api.tool_forms import delta_of, message_of
 
 _encode = msgspec.json.Encoder().encode
 
@@ -29,9 +31,11 @@ def _event(chunk: msgspec.Struct) -> bytes:
     return event_bytes(_encode(chunk))
 
 
-def _reason(finished: Finished) -> WireFinishReason:
+def _reason(finished: Finished, num_calls: int = 0) -> WireFinishReason:
     # "cancelled" never gets here: the relay runs such a request again, or ends it with an error.
-    return "length" if finished.finish_reason == "length" else "stop"
+    if finished.finish_reason == "length":
+        return "length"
+    return "tool_calls" if num_calls else "stop"
 
 
 def _usage(fan: Choices) -> openai.Usage:
@@ -103,9 +107,12 @@ def _chat_choice(
 ) -> openai.ChatChoice:
     text = _echo(parsed, fan, index) + "".join(piece.text for piece in pieces)
     told = [one for piece in pieces for one in piece.logprobs]
+    message = openai.AnswerMessage(text)
+    if parsed.tool_parser:
+        message = message_of(parsed.tool_parser(), text)
     return openai.ChatChoice(
-        openai.AnswerMessage(text),
-        _reason(_end(fan, index)),
+        message,
+        _reason(_end(fan, index), len(message.tool_calls or ())),
         index,
         logprobs.of_chat(told, parsed.form.logprobs_by_id),
         _token_ids(parsed, pieces),
@@ -195,6 +202,11 @@ class _Chunks(abc.ABC):
 
 
 class _ChatChunks(_Chunks):
+    def __init__(self, parsed: Parsed, fan: Choices) -> None:
+        super().__init__(parsed, fan)
+        make = parsed.tool_parser
+        self._parsers = {index: make() for index in range(len(fan.calls))} if make else {}
+
     def opening(self) -> Iterator[bytes]:
         """Whose words they are, and where asked for what the model was given."""
         asked = self._parsed.form.token_ids
@@ -205,10 +217,36 @@ class _ChatChunks(_Chunks):
             yield self._event(choice, prompt_ids if index == 0 else UNSET)
 
     def _chunk(self, index: int, piece: Piece, reason: WireFinishReason | None = None) -> bytes:
-        delta = openai.Delta() if reason else openai.Delta(content=piece.text)
         told = logprobs.of_chat(piece.logprobs, self._by_id)
         ids = piece.token_ids if self._wants_ids and not reason else UNSET
+        if parser := self._parsers.get(index):
+            return self._calls(parser, index, piece.text, reason, told, ids)
+        delta = openai.Delta() if reason else openai.Delta(content=piece.text)
         return self._event(openai.ChatChunkChoice(delta, reason, index, told, ids))
+
+    def _calls(
+        self,
+        parser: ToolParser,
+        index: int,
+        text: str,
+        reason: WireFinishReason | None,
+        told: openai.ChatLogprobs | None,
+        ids: Sequence[int] | UnsetType,
+    ) -> bytes:
+        """The events of text in which there may be calls of tools: any number.
+
+        What is told of tokens goes with the first one, or alone where the text is held back.
+        """
+        deltas = [delta_of(event) for event in (parser.finish() if reason else parser.push(text))]
+        if reason or (not deltas and (told or ids is not UNSET)):
+            deltas.append(openai.Delta())
+        if reason == "stop" and parser.num_calls:
+            reason = "tool_calls"
+        choices = [openai.ChatChunkChoice(delta, index=index) for delta in deltas]
+        if choices:
+            choices[0].logprobs, choices[0].token_ids = told, ids
+            choices[-1].finish_reason = reason
+        return b"".join(self._event(choice) for choice in choices)
 
     def _event(
         self, choice: openai.ChatChunkChoice, prompt_ids: Sequence[int] | UnsetType = UNSET

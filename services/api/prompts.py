@@ -11,6 +11,7 @@ from schemas.requests import (
     SamplingParams,
     TextPrompt,
     TokenPrompt,
+    Tool,
 )
 from services.api.errors import invalid
 from services.api.fields import show
@@ -85,8 +86,10 @@ def _tokens(where: str, given: Any) -> TokenPrompt:
 # -- chats ---------------------------------------------------------------------------------
 
 
-def of_chat(request: ChatCompletionRequest, messages: tuple[ChatMessage, ...]) -> ChatPrompt:
-    """``messages``, and how the template is to render them. Raises ApiError (400)."""
+def of_chat(
+    request: ChatCompletionRequest, messages: tuple[ChatMessage, ...], tools: tuple[Tool, ...]
+) -> ChatPrompt:
+    """``messages`` and ``tools``, and how the template is to render them. Raises ApiError (400)."""
     return ChatPrompt(
         messages,
         **template_options(
@@ -97,6 +100,7 @@ def of_chat(request: ChatCompletionRequest, messages: tuple[ChatMessage, ...]) -
         add_special_tokens=bool(request.add_special_tokens),
         documents=tuple(request.documents or ()),
         reasoning_effort=request.reasoning_effort,
+        tools=tools,
     )
 
 

@@ -266,7 +266,8 @@ class Relay:
                 self._runs.again(call, chunk.request_id, chunk.message)
             case Failed() if chunk.request_id == call.newest_run:
                 retry_after_s = self._retry_after_s(call.model)
-                error = errors.from_failure(chunk.code, chunk.message, call.param, retry_after_s)
+                param = call.param_of(chunk.code)
+                error = errors.from_failure(chunk.code, chunk.message, param, retry_after_s)
                 if chunk.code == "deadline_exceeded":  # the agent does not know whose it is
                     error = self._too_late(call)
                 self._end(call, error, chunk.request_id)

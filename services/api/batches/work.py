@@ -27,6 +27,8 @@ from services.api.batches.lines import Line
 from services.api.batches.queued import Queued, Run
 from services.api.catalog import Catalog
 from services.api.errors import ApiError
+from services.api.parsing import Parsed
+from services.api.tool_answers import with_tools
 from services.bus import (
     Bus,
     BusError,
@@ -200,7 +202,10 @@ class Work:
 
     def _parse(self, line: Line) -> answers.Ask:
         what = (self._record.endpoint, line, self._record.batch)
-        return answers.parse(*what, self._catalog.prepare)
+        ask = answers.parse(*what, self._catalog.prepare)
+        if isinstance(ask, Parsed):
+            return with_tools(ask, self._catalog, self._deployment_of(ask.model))
+        return ask
 
     def _deployment_of(self, model: str) -> str:
         """Of a name or an alias; as it is where nobody knows it any more."""
