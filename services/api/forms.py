@@ -12,6 +12,7 @@ from schemas.stream import Finished
 from services.api import logprobs, openai
 from services.api.answer import Piece
 from services.api.call import Call
+from services.api.frames import Frame
 from services.api.openai import WireFinishReason
 from services.api.parsing import Parsed
 
@@ -62,11 +63,17 @@ class _ChatChunks:
         self._created = int(call.request.created_at)
         self._model = parsed.model
         self._wants_usage = parsed.include_usage
+        self._frame = Frame(self._of_text)
 
     def opening(self) -> Iterator[bytes]:
         yield self._chunk(openai.Delta(role="assistant", content=""))
 
+    def _of_text(self, text: str) -> bytes:
+        return self._chunk(openai.Delta(content=text))
+
     def piece(self, piece: Piece) -> bytes:
+        if not piece.logprobs:
+            return self._frame.fill(piece.text)
         told = logprobs.of_chat(piece.logprobs)
         return self._chunk(openai.Delta(content=piece.text), told=told)
 
@@ -99,7 +106,12 @@ class _TextChunks(_ChatChunks):
     def opening(self) -> Iterator[bytes]:
         return iter(())
 
+    def _of_text(self, text: str) -> bytes:
+        return self._text_chunk(text)
+
     def piece(self, piece: Piece) -> bytes:
+        if not piece.logprobs:
+            return self._frame.fill(piece.text)
         return self._text_chunk(piece.text, told=logprobs.of_text(piece.logprobs))
 
     def closing(self, finished: Finished) -> Iterator[bytes]:

@@ -46,7 +46,7 @@ from services.api.call import Background, Call, ClientLeft
 from services.api.errors import ApiError
 from services.api.waits import RetryAfter, unknown
 from services.bus import Bus, BusError, QueueFull, WorkQueue
-from services.bus.connection import Hook, RawMessage
+from services.bus.connection import Hook
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Relay:
 
     async def start(self) -> None:
         """Listen for replies. After this, `open` may be called."""
-        self._unsubscribe = await self._bus.subscribe_raw(f"{self._bus.inbox}.r.*", self._on_reply)
+        self._unsubscribe = await self._bus.listen(f"{self._bus.inbox}.r.*", self._on_reply)
         self._undo_hook = self._bus.on_reconnect(self._queue_again)
 
     async def open(
@@ -202,10 +202,11 @@ class Relay:
 
     # -- chunks in -------------------------------------------------------------------------
 
-    async def _on_reply(self, raw: RawMessage) -> None:
-        request_id = raw.subject.rsplit(".", 1)[1]
+    def _on_reply(self, subject: str, data: bytes, headers: bytes, reply: str) -> None:
+        """Called for every token of every stream: what has to wait does so beside it."""
+        request_id = subject.rsplit(".", 1)[1]
         try:
-            chunk = self._decoder.decode(raw.data)
+            chunk = self._decoder.decode(data)
         except msgspec.DecodeError as error:
             log.error("request %s: unreadable chunk: %s", request_id, error)
             return  # its tokens will be missed at the end, and the request runs again
@@ -217,7 +218,8 @@ class Relay:
             leaving.started = chunk
         if isinstance(chunk, Started | Tokens | Vectors) and request_id in self._given_up:
             # Its agent pulled it before it was withdrawn, and saw the cancellation too early.
-            await self._cancel(self._given_up.pop(request_id), chunk.request_id)
+            model = self._given_up.pop(request_id)
+            self._background.run(None, self._cancel(model, chunk.request_id))
 
     def _on_chunk(self, call: Call, chunk: Chunk) -> None:
         match chunk:
@@ -295,6 +297,8 @@ class Relay:
     async def _enqueue(self, call: Call, run: str) -> None:
         call.runs.setdefault(run, None)
         seq = await self._queue.enqueue(msgspec.structs.replace(call.request, request_id=run))
+        if run not in call.runs:
+            return  # its answer was complete before the queue's word was here
         call.runs[run] = seq
         if call.ended:
             await self._take_back(call, run)
@@ -318,9 +322,9 @@ class Relay:
     def _end(self, call: Call, how: Finished | ApiError, run: str) -> None:
         """Ways 1 and 2: ``run`` has ended at its agent; stop the others, if there are any."""
         self._drop(call, how)
-        others = [other for other in call.runs if other != run]
-        if others:
-            self._background.run(call, self._withdraw(call, others, None))
+        call.runs.pop(run, None)
+        if call.runs:
+            self._background.run(call, self._withdraw(call, list(call.runs), None))
 
     def _drop(self, call: Call, how: Finished | Exception) -> None:
         call.end(how)

@@ -31,7 +31,25 @@ class ApiStartError(Exception):
     """The api can not start; the message names key and value."""
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
+    """The HTTP server as this api sets it up."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                backlog=_BACKLOG,
+                timeout_graceful_shutdown=int(SHUTDOWN_GRACE_S) + _LAST_WORDS_S,
+            )
+        )
+
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         """Leave the signals alone: the caller has its own, and sets ``stop``."""
@@ -41,7 +59,7 @@ class _Server(uvicorn.Server):
 async def run(settings: Settings, bus_options: BusOptions, *, stop: asyncio.Event) -> None:
     """Serve until ``stop`` is set. Raises BusError or ApiStartError where it can not start."""
     api = settings.api
-    listener = _listen(api.host, api.port)
+    listener = listen(api.host, api.port)
     try:
         bus = await Bus.connect(bus_options, service="api")
     except BusError:
@@ -68,19 +86,7 @@ async def run(settings: Settings, bus_options: BusOptions, *, stop: asyncio.Even
 
 
 async def _serve(app: ASGIApp, listener: socket.socket, relay: Relay, stop: asyncio.Event) -> None:
-    config = uvicorn.Config(
-        app,
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        backlog=_BACKLOG,
-        timeout_graceful_shutdown=int(SHUTDOWN_GRACE_S) + _LAST_WORDS_S,
-    )
-    server = _Server(config)
+    server = Server(app)
     host, port = listener.getsockname()[:2]
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     stopping = asyncio.create_task(stop.wait())
@@ -98,7 +104,7 @@ async def _serve(app: ASGIApp, listener: socket.socket, relay: Relay, stop: asyn
             await serving
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A listening socket, so that a port in use is a clear error. Port 0: any free one."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
