@@ -1,6 +1,7 @@
 """The routes. Parsing, waiting and answering are elsewhere; here they are put together."""
 
 from importlib import resources
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import msgspec
@@ -42,6 +43,7 @@ def build(bus: Bus, catalog: Catalog, relay: Relay, max_body_bytes: int) -> ASGI
             get_model,
             healthz,
             readyz,
+            get_version,
             schema_page,
             openapi_json,
         ],
@@ -130,10 +132,20 @@ class Health(msgspec.Struct):
     missing: list[str] = []
 
 
-@get("/healthz")
+@get(["/healthz", "/health", "/ping"])
 async def healthz() -> Response[bytes]:
-    """200 while the process lives."""
+    """200 while the process lives. The other two are its names at vLLM."""
     return _json(Health("ok"))
+
+
+class Version(msgspec.Struct):
+    version: str
+
+
+@get("/version")
+async def get_version() -> Response[bytes]:
+    """Of this server."""
+    return _json(Version(version("hotswap")))
 
 
 @get("/readyz")

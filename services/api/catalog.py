@@ -162,6 +162,7 @@ class Catalog:
             if replica.model == record.spec.name and replica.gpu in live
         }
         facts = record.facts
+        max_model_len = facts.max_model_len if facts else record.spec.max_model_len
         return Model(
             id=record.spec.name,
             created=record.created_at,
@@ -170,9 +171,10 @@ class Catalog:
                 state=min(gpus.values(), key=_NEAREST.index, default="cold"),
                 gpus=gpus,
                 weight_bytes=facts.weight_bytes if facts else None,
-                max_model_len=facts.max_model_len if facts else record.spec.max_model_len,
+                max_model_len=max_model_len,
                 reason=record.reason,
             ),
+            max_model_len=max_model_len,
         )
 
     def _on_deployment(self, key: str, record: DeploymentRecord | None) -> None:

@@ -6,6 +6,7 @@ The body is decoded to plain values first: only they can show which fields came 
 struct has, and what value a wrong field had.
 """
 
+import contextlib
 import re
 import secrets
 from dataclasses import dataclass
@@ -127,7 +128,19 @@ def convert(raw: dict[str, Any], kind: type[T]) -> T:
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
+        # JSON has one kind of number: 1.0 may stand for 1, also where msgspec does not see it.
+        with contextlib.suppress(msgspec.ValidationError):
+            return msgspec.convert(_whole_numbers(raw), kind)
         raise _explain(error, raw) from error
+
+
+def _whole_numbers(value: Any) -> Any:
+    """``value`` with integers for floats that are whole."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, dict):
+        return {key: _whole_numbers(one) for key, one in value.items()}
+    return [_whole_numbers(one) for one in value] if isinstance(value, list) else value
 
 
 def _explain(error: msgspec.ValidationError, raw: dict[str, Any]) -> ApiError:
@@ -153,7 +166,7 @@ def _explain(error: msgspec.ValidationError, raw: dict[str, Any]) -> ApiError:
 def _message(index: int, message: Message) -> ChatMessage:
     where = f"messages[{index}]"
     for key in ("tool_calls", "function_call"):
-        if getattr(message, key):
+        if getattr(message, key) not in (None, []):
             param = f"{where}.{key}"
             words = f"{param} is not supported by this server: it does not do tools."
             raise ApiError(400, "unsupported_parameter", words, param=param)
@@ -186,8 +199,8 @@ def _prompt(prompt: str | list[Any]) -> Prompt:
         words = f"prompt has {len(prompt)} entries; only one prompt per request is supported: "
         words += "a string, a list of token ids, or a list with exactly one of these."
         raise ApiError(400, "unsupported_parameter", words, param="prompt")
-    if min(prompt) < 0:
-        raise invalid("prompt", f"prompt: {min(prompt)} is not a token id; they start at 0.")
+    if (wrong := bad_token_id(prompt)) is not None:
+        raise invalid("prompt", f"prompt: {show(wrong)} is not a token id; they start at 0.")
     return TokenPrompt(tuple(prompt))
 
 
@@ -257,10 +270,16 @@ def _logit_bias(bias: dict[str, float] | None) -> dict[int, float]:
     return found
 
 
+def bad_token_id(ids: list[int]) -> int | None:
+    """The first of ``ids`` that no model can have."""
+    if not ids or (min(ids) >= 0 and max(ids) <= _MAX_COUNT):
+        return None
+    return next(i for i in ids if not 0 <= i <= _MAX_COUNT)
+
+
 def _stop_token_ids(ids: list[int] | None) -> tuple[int, ...]:
-    wrong = next((i for i in ids or () if not 0 <= i <= _MAX_COUNT), None)
-    if wrong is not None:
-        raise invalid("stop_token_ids", f"stop_token_ids: {wrong} is not a token id.")
+    if (wrong := bad_token_id(ids or [])) is not None:
+        raise invalid("stop_token_ids", f"stop_token_ids: {show(wrong)} is not a token id.")
     return tuple(ids or ())
 
 
