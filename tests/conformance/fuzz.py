@@ -2,10 +2,11 @@
 
     python -m tests.conformance.fuzz [--examples N] [--at-least CASES] [--seed N] [--json FILE]
 
-Every operation of the document is taken, each with valid and invalid requests: at the bounds of what
-the document says (coverage), random (fuzzing), and one fed by the answers of another (stateful). No
-answer may be a 5xx; each must have a documented status, type, headers and body, server-sent events
-included; what the document allows must be accepted, and what it does not allow refused.
+Every operation of the document is taken, each with valid and invalid requests: at the bounds of
+what the document says (coverage), random (fuzzing), and one fed by the answers of another
+(stateful). No answer may be a 5xx; each must have a documented status, type, headers and body,
+server-sent events included; what the document allows must be accepted, and what it does not allow
+refused.
 
 Only one thing is told beside the document: which models there are.
 """

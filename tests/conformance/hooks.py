@@ -1,8 +1,8 @@
 """Loaded by schemathesis (SCHEMATHESIS_HOOKS): a check of ours in the place of one of its own.
 
-JSON Schema says what one field may hold, and that is checked both ways. Rules about several fields at
-once are in the document in words; a request that breaks one of these, and only such a request, may be
-refused although the document's schema allows it.
+JSON Schema says what one field may hold, and that is checked both ways. Rules about several fields
+at once are in the document in words; a request that breaks one of these, and only such a request,
+may be refused although the document's schema allows it.
 """
 
 import json
@@ -37,7 +37,7 @@ BETWEEN_FIELDS: Final[dict[str, Callable[[Body], bool]]] = {
 
 @schemathesis.check
 def acceptance(
-    ctx: CheckContext, response: schemathesis.Response, case: schemathesis.Case
+    ctx: CheckContext, response: schemathesis.Response, case: schemathesis.Case[Any]
 ) -> bool | None:
     """What the document allows is accepted, but for rules between fields."""
     positive = case.meta is not None and case.meta.generation.mode.is_positive

@@ -277,9 +277,11 @@ def test_time_outs(client: OpenAI) -> None:
 
 def test_nobody_is_there() -> None:
     url = f"http://127.0.0.1:{free_port(0)}/v1"
-    with OpenAI(base_url=url, api_key="-", max_retries=0) as client:
-        with pytest.raises(openai.APIConnectionError):
-            client.models.list()
+    with (
+        OpenAI(base_url=url, api_key="-", max_retries=0) as client,
+        pytest.raises(openai.APIConnectionError),
+    ):
+        client.models.list()
 
 
 def test_what_the_client_has_and_this_server_has_not(client: OpenAI) -> None:

@@ -75,10 +75,12 @@ def test_bodies_that_are_no_json_object(api_url: str, path: str, what: str) -> N
     ],
 )
 def test_numbers_that_are_too_large(api_url: str, path: str, field: str, value: object) -> None:
-    chat = {"messages": [{"role": "user", "content": "hi"}]}
-    text = {"prompt": "hi"}
-    given = {POSTS[0]: chat, POSTS[1]: text, POSTS[2]: {"input": "hi"}}[path]
-    body = {"model": EMBEDS if path == POSTS[2] else CHAT, **given, field: value}
+    fine: dict[str, dict[str, object]] = {
+        POSTS[0]: {"model": CHAT, "messages": [{"role": "user", "content": "hi"}]},
+        POSTS[1]: {"model": CHAT, "prompt": "hi"},
+        POSTS[2]: {"model": EMBEDS, "input": "hi"},
+    }
+    body = fine[path] | {field: value}
     answer = httpx.post(api_url + path, json=body, timeout=20)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"].startswith(field)
