@@ -1,8 +1,11 @@
-"""Loaded by schemathesis (SCHEMATHESIS_HOOKS): a check of ours in the place of one of its own.
+"""Loaded by schemathesis (SCHEMATHESIS_HOOKS): two checks of ours in the place of two of its own.
 
-JSON Schema says what one field may hold, and that is checked both ways. Rules about several fields
-at once are in the document in words; a request that breaks one of these, and only such a request,
-may be refused although the document's schema allows it.
+Every answer of every operation is held against the document. For the operations in STRICT the
+requests are, too: what the document allows is accepted, and what it does not allow is refused.
+
+JSON Schema says what one field may hold. Rules about several fields at once are in the document in
+words; a request that breaks one of these, and only such a request, may be refused although the
+document's schema allows it.
 """
 
 import json
@@ -11,9 +14,21 @@ from typing import Any, Final, TypeAlias
 
 import schemathesis
 from schemathesis.checks import CheckContext
-from schemathesis.specs.openapi.checks import positive_data_acceptance
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
 Body: TypeAlias = dict[str, Any]
+
+
+STRICT: Final = {
+    "POST /v1/chat/completions",
+    "POST /v1/completions",
+    "POST /v1/embeddings",
+    "GET /v1/models",
+    "GET /v1/models/{model_id}",
+    "GET /healthz",
+    "GET /readyz",
+    "GET /version",
+}
 
 
 def _more_than_max(body: Body) -> bool:
@@ -40,6 +55,8 @@ def acceptance(
     ctx: CheckContext, response: schemathesis.Response, case: schemathesis.Case[Any]
 ) -> bool | None:
     """What the document allows is accepted, but for rules between fields."""
+    if case.operation.label not in STRICT:
+        return None
     positive = case.meta is not None and case.meta.generation.mode.is_positive
     if positive and response.status_code == 400 and isinstance(case.body, dict):
         param = json.loads(response.content)["error"]["param"]
@@ -47,3 +64,11 @@ def acceptance(
         if breaks and breaks(case.body):
             return None
     return positive_data_acceptance(ctx, response, case)
+
+
+@schemathesis.check
+def refusal(
+    ctx: CheckContext, response: schemathesis.Response, case: schemathesis.Case[Any]
+) -> bool | None:
+    """What the document does not allow is refused."""
+    return negative_data_rejection(ctx, response, case) if case.operation.label in STRICT else None
