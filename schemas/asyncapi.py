@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import msgspec
 
-from schemas import commands, events, names, requests, state, stream
+from schemas import admin, commands, events, names, requests, state, stream
 
 Json: TypeAlias = dict[str, Any]
 MessageType: TypeAlias = type[msgspec.Struct]
@@ -35,6 +35,7 @@ _PARAMETERS: dict[str, Json] = {
     },
     "model": {"description": "Model name; every byte outside [A-Za-z0-9_-] is written =HH."},
     "gpu": {"description": "GPU name, escaped like a model name."},
+    "action": {"description": "What is wanted: the last part of the message's `type`."},
     "kind": {"description": "What happened: the last part of the message's `type`."},
 }
 
@@ -94,8 +95,16 @@ CHANNELS = (
         "reply",
         None,
         "Core NATS. One subject per request, named in the request's `reply_to`: "
-        "Started, Tokens* or Vectors*, then exactly one of Finished and Failed.",
+        "Started, Tokens* or Vectors*, then exactly one of Finished and Failed; Resuming before a "
+        "further attempt.",
         get_args(stream.Chunk),
+    ),
+    Channel(
+        "resume",
+        None,
+        "Core NATS. On the reply subject of a Resuming chunk: where an agent is to go on with a "
+        "request that it was given again.",
+        (stream.ResumeFrom,),
     ),
     Channel(
         "commands",
@@ -130,6 +139,23 @@ CHANNELS = (
         f"A gpu or model that does not apply is {names.NO_TOKEN!r}.",
         events.event_types(),
     ),
+    Channel(
+        "admin",
+        _template(names.admin_subject("ACTION", "MODEL")),
+        "Core NATS request and reply, to the scheduler that leads: one AdminAnswer each.",
+        admin.message_types(),
+    ),
+    Channel(
+        "admin_reply",
+        None,
+        "Core NATS. The reply subject of the request.",
+        (admin.AdminAnswer,),
+    ),
+    _bucket(
+        names.BUCKET_DEPLOYMENTS,
+        "<model>: the deployments that are wanted; an entry's revision is its version",
+        state.DesiredDeployment,
+    ),
     _bucket(names.BUCKET_MODELS, "<model>: the deployments that exist", state.DeploymentRecord),
     _bucket(names.BUCKET_PLACEMENT, "<gpu>.<model>: what is desired", state.PlacementRecord),
     _bucket(names.BUCKET_RESIDENCY, "<gpu>.<model>: what is", state.ResidencyRecord),
@@ -145,8 +171,11 @@ OPERATIONS = (
     Operation("admin", "send", "verify", "Check a model's weights on demand."),
     Operation("api", "send", "requests", "Queue a request for its model."),
     Operation("api", "receive", "reply", "Relay the answer to the HTTP client."),
+    Operation("api", "send", "resume", "Say what is known of the answer."),
     Operation("api", "send", "cancel", "Give up a request: the client left or nobody waits."),
     Operation("api", "send", "events", "Report requests taken back.", (events.RequestWithdrawn,)),
+    Operation("api", "send", "admin", "Ask for changes of deployments."),
+    Operation("api", "receive", "admin_reply", "Learn what became of it."),
     Operation("api", "receive", "models", "Know which models exist."),
     Operation("api", "receive", "residency", "Show each model's state."),
     Operation("api", "receive", "leases", "Know whether a leader and agents are there."),
@@ -160,15 +189,21 @@ OPERATIONS = (
         "scheduler",
         "send",
         "events",
-        "Report a change of leader, models that nobody can serve, and what was decided why.",
+        "Report a change of leader, of deployments, models that nobody can serve, and what was "
+        "decided and why.",
         get_args(events.SchedulerEvent),
     ),
+    Operation("scheduler", "receive", "admin", "Change deployments, and what is where."),
+    Operation("scheduler", "send", "admin_reply", "Say what became of it."),
+    Operation("scheduler", "send", "deployments", "Record what is wanted."),
+    Operation("scheduler", "receive", "deployments", "Know what earlier leaders recorded."),
     Operation("scheduler", "send", "models", "Record deployments."),
     Operation("scheduler", "send", "placement", "Record what is desired."),
     Operation("scheduler", "send", "leases", "Hold the leader's lease."),
     Operation("scheduler", "receive", "leases", "Notice that an agent is gone."),
     Operation("agent", "receive", "requests", "Pull requests for resident models."),
     Operation("agent", "send", "reply", "Stream the answer."),
+    Operation("agent", "receive", "resume", "Go on behind the tokens that the api has."),
     Operation("agent", "receive", "cancel", "Stop a running request."),
     Operation("agent", "receive", "commands", "Carry out the leader's commands."),
     Operation("agent", "receive", "verify", "Check a model's weights."),

@@ -15,6 +15,7 @@ NO_TOKEN = "-"  # fills a subject token that does not apply, so that positions n
 
 STREAM_REQUESTS = "HS_REQUESTS"
 STREAM_EVENTS = "HS_EVENTS"
+BUCKET_DEPLOYMENTS = "HS_DEPLOYMENTS"
 BUCKET_MODELS = "HS_MODELS"
 BUCKET_PLACEMENT = "HS_PLACEMENT"
 BUCKET_RESIDENCY = "HS_RESIDENCY"
@@ -90,6 +91,11 @@ def event_subject(kind: str, gpu: str = "", model: str = "") -> str:
 def events_subject(kind: str = "") -> str:
     """All events, or those of one kind."""
     return f"{PREFIX}.events.{kind}.>" if kind else f"{PREFIX}.events.>"
+
+
+def admin_subject(action: str = "*", model: str | None = None) -> str:
+    """Requests to the leader: ``action`` is the last part of the message's tag."""
+    return f"{PREFIX}.admin.{action}.{escape(model) if model else '*'}"
 
 
 def wait_subject(model: str | None = None) -> str:

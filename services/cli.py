@@ -11,11 +11,11 @@ import click
 
 from services import settings, telemetry
 from services.bus import BusError, BusOptions
-from services.ops import nats_server, stack
+from services.ops import model_command, nats_server, stack
 from services.ops.supervisor import Supervisor, stop_on_signals
 from services.scheduler.simulate.command import simulate
 from services.scheduler.simulate.traces_command import traffic
-from services.settings import GpuSettings, Settings, SettingsError
+from services.settings import GpuSettings, ModelSettings, Settings, SettingsError
 
 log = logging.getLogger("hotswap")
 
@@ -53,6 +53,7 @@ def cli() -> None:
     hotswap demo             see it work, on any machine
     hotswap up               serve the models of hotswap.toml
     hotswap status           what is resident where
+    hotswap model            deploy, change, move and remove models while everything runs
     hotswap explain MODEL    what the scheduler decided about a model, and why
     hotswap trace            where the time of a request went
     hotswap verify           check a model's weights in memory against what was loaded
@@ -84,8 +85,6 @@ def up(config_file: Path, nats_url: str | None, creds: Path | None) -> None:
     config = _load(config_file)
     if nats_url or config.nats.url:
         config = _with_nats(config, nats_url, creds)
-    if not config.models:
-        raise SettingsError(f"{config_file}: no models; add one as [models.NAME] with its source")
     telemetry.set_up("up", span_folder=None, otlp_endpoint="", log_level=config.telemetry.log_level)
     asyncio.run(_up(config, config_file))
 
@@ -193,6 +192,24 @@ def explain(
     asyncio.run(explain_view.run(options, model, last, as_json))
 
 
+@cli.group()
+@config_option
+@bus_options
+@click.pass_context
+def model(
+    context: click.Context, config_file: Path, nats_url: str | None, creds: Path | None
+) -> None:
+    """Deployments, changed while everything runs; what /v1/deployments does over HTTP.
+
+    Changes are kept: hotswap.toml says of a model again what it said before only where its table
+    in the file is changed.
+    """
+    context.obj = _bus_options(_load(config_file), nats_url, creds, "admin")
+
+
+model_command.add_commands(model)
+
+
 @cli.command()
 @config_option
 @click.argument("trace_id", required=False)
@@ -295,7 +312,22 @@ def _load(config_file: Path) -> Settings:
             f"{config_file} does not exist. Copy deploy/config.example.toml to it and name your "
             "models, give another file with --config, or try `hotswap demo`"
         )
-    return settings.load(config_file)
+    config = settings.load(config_file)
+    for name, model in config.models.items():
+        if model.defaults or model.overrides:
+            _check_presets(config_file, name, model)
+    return config
+
+
+def _check_presets(config_file: Path, name: str, model: ModelSettings) -> None:
+    """What the api would refuse of them, at once."""
+    from services.api import presets
+    from services.api.errors import ApiError
+
+    try:
+        presets.check(model.defaults, model.overrides)
+    except ApiError as error:
+        raise SettingsError(f"{config_file}: models.{name}: {error.info.message}") from error
 
 
 def _with_nats(config: Settings, nats_url: str | None, creds: Path | None) -> Settings:

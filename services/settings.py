@@ -11,6 +11,7 @@ import os
 import re
 import tomllib
 import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,6 +22,7 @@ from schemas.state import DType, ModelSpec, Preemption
 
 T = TypeVar("T")
 
+UNSET_WORD = "unset"  # in overrides of a TOML file: takes the field out
 _MAX_NAME = 200  # characters in a model name
 _MAX_PRIORITY = 100  # of a model, either way
 _UNITS = {"": 1, "B": 1}
@@ -82,10 +84,12 @@ class ApiSettings(_Section, frozen=True):
     request_timeout_s: float = 600.0
     max_body_bytes: int = 4 * 2**20
     max_queued_per_model: int = 1000
+    progress_after_s: float = 1.0  # a stream that waits longer tells of its wait; 0: never
 
     def __post_init__(self) -> None:
         _port(self)
         _positive(self, "request_timeout_s", "max_body_bytes", "max_queued_per_model")
+        _not_negative(self, "progress_after_s")
 
 
 class NatsSettings(_Section, frozen=True):
@@ -182,16 +186,22 @@ class ModelSettings(_Section, frozen=True):
     token_target_s: float | None = None  # time per output token aimed at; None: [scheduler]'s
     exclusive_group: str = ""  # of the models that name the same, one at most is on a GPU at a time
     ttl_s: float = 0.0  # swapped out after so many idle seconds; 0: stays until room is needed
+    min_residency_s: float = 0.0  # what just came in leaves for no other model before this
+    drained: bool = False  # takes no new requests, and leaves when those it has have ended
+    aliases: tuple[str, ...] = ()  # other names that clients may call it by
+    # Fields of request bodies: where the client leaves them out, and whatever it says.
+    defaults: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}  # a null (in TOML: "unset") takes the field out
 
     def __post_init__(self) -> None:
         if not self.source:
             raise ValueError("source = '' must name a local folder, a hub id or s3://bucket/prefix")
         if "://" in self.source and not self.source.startswith("s3://"):
             raise ValueError(f"source = {self.source!r}: of object stores only s3:// is read")
-        _finite(self, "ttft_target_s", "token_target_s", "ttl_s")
+        _finite(self, "ttft_target_s", "token_target_s", "ttl_s", "min_residency_s")
         _positive(self, "max_model_len", "max_batch", "kv_tokens")
         _positive(self, "ttft_target_s", "token_target_s")
-        _not_negative(self, "ttl_s")
+        _not_negative(self, "ttl_s", "min_residency_s")
         if abs(self.priority) > _MAX_PRIORITY:
             raise ValueError(
                 f"priority = {self.priority} must be from -{_MAX_PRIORITY} to {_MAX_PRIORITY}"
@@ -199,6 +209,22 @@ class ModelSettings(_Section, frozen=True):
         for gpu in self.gpus:
             if self.gpus.count(gpu) > 1:
                 raise ValueError(f"gpus = {list(self.gpus)}: {gpu!r} is named twice")
+        for alias in self.aliases:
+            if not is_name(alias):
+                raise ValueError(f"aliases: {alias!r} must have 1 to {_MAX_NAME} characters")
+            if self.aliases.count(alias) > 1:
+                raise ValueError(f"aliases = {list(self.aliases)}: {alias!r} is named twice")
+        if both := sorted(self.defaults.keys() & self.overrides.keys()):
+            raise ValueError(f"{both[0]!r} is in defaults and in overrides: one of them is enough")
+
+    def spec(self, name: str) -> ModelSpec:
+        """As the other services know it."""
+        return ModelSpec(name=name, **{key: getattr(self, key) for key in self.__struct_fields__})
+
+
+def is_name(name: str) -> bool:
+    """Whether a deployment or an alias may be called so."""
+    return bool(name.strip()) and len(name) <= _MAX_NAME
 
 
 class Settings(_Section, frozen=True):
@@ -215,9 +241,7 @@ class Settings(_Section, frozen=True):
         for name in gpu_names:
             if gpu_names.count(name) > 1:
                 raise ValueError(f"gpus: name = {name!r} is used twice")
-        for name, model in self.models.items():
-            _check_gpus(name, model, gpu_names)
-        _check_groups(self.models, gpu_names)
+        check_together(self.models, gpu_names)
 
     @property
     def state_path(self) -> Path:
@@ -225,13 +249,37 @@ class Settings(_Section, frozen=True):
 
     def model_specs(self) -> list[ModelSpec]:
         """The deployments, in the order of the file."""
-        return [
-            ModelSpec(name=name, **msgspec.structs.asdict(model))
-            for name, model in self.models.items()
-        ]
+        return [model.spec(name) for name, model in self.models.items()]
 
 
-def _check_gpus(name: str, model: ModelSettings, gpu_names: list[str]) -> None:
+def check_together(
+    models: Mapping[str, ModelSettings | ModelSpec], gpu_names: Sequence[str]
+) -> None:
+    """Raise ValueError where ``models``, by name, can not all be deployed.
+
+    ``gpu_names``: the configured ones; none where the machine is asked for its GPUs later.
+    """
+    for name, model in models.items():
+        check_gpus(name, model, gpu_names)
+    check_groups(models, gpu_names)
+    check_names(models)
+
+
+def check_names(models: Mapping[str, ModelSettings | ModelSpec]) -> None:
+    """Raise ValueError where a name or an alias would mean two of ``models``."""
+    owners: dict[str, str] = {}
+    for name, model in models.items():
+        for alias in model.aliases:
+            owner = owners.setdefault(alias, name)
+            if alias in models or owner != name:
+                other = alias if alias in models else owner
+                raise ValueError(
+                    f"models.{name}: aliases = {list(model.aliases)}: {alias!r} is a name of "
+                    f"model {other!r} already"
+                )
+
+
+def check_gpus(name: str, model: ModelSettings | ModelSpec, gpu_names: Sequence[str]) -> None:
     """``gpu_names``: the configured ones; none where the machine is asked for its GPUs later."""
     for gpu in model.gpus:
         if gpu_names and gpu not in gpu_names:
@@ -241,7 +289,7 @@ def _check_gpus(name: str, model: ModelSettings, gpu_names: list[str]) -> None:
             )
 
 
-def _check_groups(models: dict[str, ModelSettings], gpu_names: list[str]) -> None:
+def check_groups(models: Mapping[str, ModelSettings | ModelSpec], gpu_names: Sequence[str]) -> None:
     """Each pinned model of an exclusive group needs a GPU that no other of them is on."""
     groups: dict[str, list[str]] = {}
     for name, model in models.items():
@@ -277,15 +325,34 @@ def parse(raw: dict[str, Any], *, origin: str, folder: Path) -> Settings:
         raise SettingsError(f"{origin}: models = {tables!r}: write each model as [models.NAME]")
     models: dict[str, ModelSettings] = {}
     for name, table in tables.items():
-        if not name.strip() or len(name) > _MAX_NAME:
+        if not is_name(name):
             raise SettingsError(f"{origin}: models: {name!r} must have 1 to {_MAX_NAME} characters")
-        model = _convert(table, ModelSettings, origin, ("models", name))
+        model = _convert(_with_nulls(table), ModelSettings, origin, ("models", name))
         models[name] = msgspec.structs.replace(model, source=_resolve(model.source, folder))
     state_dir = str(folder / Path(settings.state_dir).expanduser())
     try:
         return msgspec.structs.replace(settings, models=models, state_dir=state_dir)
     except ValueError as error:  # a check across sections
         raise SettingsError(f"{origin}: {error}") from error
+
+
+def parse_model(raw: Any, prefix: tuple[str, ...] = ()) -> ModelSettings:
+    """``raw`` (plain values) as the settings of one deployment. Raises SettingsError, whose words
+    name the key, below ``prefix``, and its value.
+    """
+    try:
+        return msgspec.convert(raw, ModelSettings)
+    except msgspec.ValidationError as error:
+        raise SettingsError(_explain(error, raw, ModelSettings, prefix)) from error
+
+
+def _with_nulls(table: Any) -> Any:
+    """TOML has no null: in overrides "unset" stands for it."""
+    overrides = table.get("overrides") if isinstance(table, dict) else None
+    if not isinstance(overrides, dict):
+        return table
+    nulls = {key: None if value == UNSET_WORD else value for key, value in overrides.items()}
+    return table | {"overrides": nulls}
 
 
 def dump(settings: Settings) -> str:
@@ -296,7 +363,11 @@ def dump(settings: Settings) -> str:
             return {k: no_nulls(v) for k, v in value.items() if v is not None}
         return [no_nulls(v) for v in value] if isinstance(value, list | tuple) else value
 
-    return tomli_w.dumps(no_nulls(msgspec.to_builtins(settings)))
+    plain = msgspec.to_builtins(settings)
+    for model in plain["models"].values():
+        overrides = model["overrides"]
+        model["overrides"] = {k: UNSET_WORD if v is None else v for k, v in overrides.items()}
+    return tomli_w.dumps(no_nulls(plain))
 
 
 def _resolve(source: str, folder: Path) -> str:

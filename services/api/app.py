@@ -12,15 +12,20 @@ from litestar.params import Parameter
 from litestar.types import ASGIApp
 from opentelemetry import trace
 
-from services.api import errors, openapi
+from schemas.requests import Prompt, SamplingParams
+from services.api import deployments, errors, openapi
+from services.api.call import Call
 from services.api.catalog import Catalog
 from services.api.embeddings import parse_embeddings, respond_embeddings
 from services.api.errors import ApiError
+from services.api.fan import open_fan
 from services.api.openai import ModelList
 from services.api.parsing import Parsed, parse_chat, parse_completion
+from services.api.progress import Progress
 from services.api.relay import Relay
 from services.api.respond import respond
 from services.api.tenants import tenant_of
+from services.api.timeouts import TIMEOUT_HEADER, timeout_of
 from services.api.tracing import Traced, request_id_of
 from services.bus import Bus
 from services.telemetry import ATTR_MODEL
@@ -32,8 +37,16 @@ HttpRequest = Request[Any, Any, State]
 _ENVELOPE_BYTES = 16 * 1024
 
 
-def build(bus: Bus, catalog: Catalog, relay: Relay, max_body_bytes: int) -> ASGIApp:
-    """The ASGI application over a connected bus, a started catalog and a started relay."""
+def build(
+    bus: Bus,
+    catalog: Catalog,
+    relay: Relay,
+    progress: Progress,
+    *,
+    max_body_bytes: int,
+    progress_after_s: float,
+) -> ASGIApp:
+    """The ASGI application over a connected bus, and what was started over it."""
     app = Litestar(
         route_handlers=[
             chat_completions,
@@ -41,6 +54,7 @@ def build(bus: Bus, catalog: Catalog, relay: Relay, max_body_bytes: int) -> ASGI
             embeddings,
             list_models,
             get_model,
+            *deployments.HANDLERS,
             healthz,
             readyz,
             get_version,
@@ -51,7 +65,15 @@ def build(bus: Bus, catalog: Catalog, relay: Relay, max_body_bytes: int) -> ASGI
         openapi_config=None,  # ours is made from the wire structs, see services.api.openapi
         logging_config=None,
         request_max_body_size=min(max_body_bytes, bus.max_payload - _ENVELOPE_BYTES),
-        state=State({"bus": bus, "catalog": catalog, "relay": relay}),
+        state=State(
+            {
+                "bus": bus,
+                "catalog": catalog,
+                "relay": relay,
+                "progress": progress,
+                "progress_after_s": progress_after_s,
+            }
+        ),
     )
     return Traced(app)
 
@@ -62,27 +84,30 @@ def build(bus: Bus, catalog: Catalog, relay: Relay, max_body_bytes: int) -> ASGI
 @post("/v1/chat/completions", status_code=200)
 async def chat_completions(request: HttpRequest, state: State) -> ASGIApp:
     """Continue a chat, streamed or whole."""
-    return await _generate(request, state, parse_chat(await _body(request)))
+    return await _generate(request, state, parse_chat(await _body(request), state.catalog.prepare))
 
 
 @post("/v1/completions", status_code=200)
 async def completions(request: HttpRequest, state: State) -> ASGIApp:
     """Continue a text, streamed or whole."""
-    return await _generate(request, state, parse_completion(await _body(request)))
+    return await _generate(
+        request, state, parse_completion(await _body(request), state.catalog.prepare)
+    )
 
 
 @post("/v1/embeddings", status_code=200)
 async def embeddings(request: HttpRequest, state: State) -> ASGIApp:
     """Texts or token ids as vectors."""
-    parsed = parse_embeddings(await _body(request))
-    trace.get_current_span().set_attribute(ATTR_MODEL, parsed.model)
     catalog: Catalog = state.catalog
     relay: Relay = state.relay
-    catalog.require(parsed.model, "embed", parsed.dimensions or 0)
+    parsed = parse_embeddings(await _body(request), catalog.prepare)
+    trace.get_current_span().set_attribute(ATTR_MODEL, parsed.model)
+    deployment = catalog.require(parsed.model, "embed", parsed.dimensions or 0)
     request_id = request_id_of(request.scope)
     tenant = tenant_of(request.headers.get("authorization"))
-    what = (parsed.model, parsed.inputs, parsed.dimensions)
-    call = await relay.open_embed(request_id, *what, tenant=tenant)
+    what = (deployment, parsed.inputs, parsed.dimensions)
+    timeout_s = timeout_of(request.headers.get(TIMEOUT_HEADER), parsed.timeout_s)
+    call = await relay.open_embed(request_id, *what, tenant=tenant, timeout_s=timeout_s)
     return await respond_embeddings(parsed, call, relay, request.receive)
 
 
@@ -97,12 +122,17 @@ async def _generate(request: HttpRequest, state: State, parsed: Parsed) -> ASGIA
     trace.get_current_span().set_attribute(ATTR_MODEL, parsed.model)
     catalog: Catalog = state.catalog
     relay: Relay = state.relay
-    catalog.require(parsed.model)
+    deployment = catalog.require(parsed.model)
     request_id = request_id_of(request.scope)
     tenant = tenant_of(request.headers.get("authorization"))
-    what = (parsed.model, parsed.prompt, parsed.sampling)
-    call = await relay.open(request_id, *what, tenant=tenant)
-    return await respond(parsed, call, relay, request.receive)
+    timeout_s = timeout_of(request.headers.get(TIMEOUT_HEADER), parsed.timeout_s)
+
+    async def open_one(name: str, prompt: Prompt, sampling: SamplingParams) -> Call:
+        what = (deployment, prompt, sampling)
+        return await relay.open(name, *what, tenant=tenant, timeout_s=timeout_s)
+
+    fan = await open_fan(parsed, request_id, relay, open_one)
+    return await respond(parsed, fan, request.receive, state.progress, state.progress_after_s)
 
 
 # -- models --------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ from typing import Any, Final, TypeAlias
 
 from schemas.requests import LOGIT_BIAS_RANGE, MAX_LOGPROBS, SAMPLING_RANGES
 from services.api.embeddings import MAX_INPUTS
+from services.api.form import MAX_ID, MAX_N
 from services.api.parsing import MAX_STOPS
+from services.api.prompts import MAX_PROMPTS, MAX_SALT, RESERVED
 
 Json: TypeAlias = dict[str, Any]
 
@@ -31,6 +33,8 @@ def _or_null(*schemas: Json) -> Json:
     return {"anyOf": [*schemas, {"type": "null"}]}
 
 
+_SECONDS: Final = _or_null({"type": "number", "exclusiveMinimum": 0})
+
 _SAMPLING: Final[dict[str, Json]] = {
     **{
         key: _or_null(_number("number", low, high))
@@ -45,6 +49,14 @@ _SAMPLING: Final[dict[str, Json]] = {
     "seed": _or_null(_number("integer", MIN_SEED, MAX_SEED)),
     "stop": _or_null(_WORDS, {"type": "array", "items": _WORDS, "maxItems": MAX_STOPS}),
     "stop_token_ids": _or_null({"type": "array", "items": _TOKEN_ID}),
+    "allowed_token_ids": _or_null({"type": "array", "items": _TOKEN_ID}),
+    "bad_words": _or_null({"type": "array", "items": {"type": "string", "pattern": r"\S"}}),
+    "n": _or_null(_number("integer", 1, MAX_N)),
+    "best_of": _or_null(_number("integer", 1, MAX_N)),
+    "truncate_prompt_tokens": _or_null({"const": -1}, _number("integer", 1, MAX_COUNT)),
+    "cache_salt": _or_null({"type": "string", "minLength": 1, "maxLength": MAX_SALT}),
+    "request_id": _or_null({"type": "string", "minLength": 1, "maxLength": MAX_ID}),
+    "timeout": _SECONDS,
     "logit_bias": _or_null(
         {
             "type": "object",
@@ -59,6 +71,9 @@ _FIELDS: Final[dict[str, dict[str, Json]]] = {
     "ChatCompletionRequest": {
         **_SAMPLING,
         "top_logprobs": _or_null(_number("integer", 0, MAX_LOGPROBS)),
+        "chat_template_kwargs": _or_null(
+            {"type": "object", "propertyNames": {"not": {"enum": sorted(RESERVED)}}}
+        ),
     },
     "CompletionRequest": {
         **_SAMPLING,
@@ -67,8 +82,8 @@ _FIELDS: Final[dict[str, dict[str, Json]]] = {
             "anyOf": [
                 _TEXT,
                 _TOKEN_IDS,
-                {"type": "array", "prefixItems": [{"anyOf": [_TEXT, _TOKEN_IDS]}]}
-                | {"items": False, "minItems": 1},
+                {"type": "array", "items": {"anyOf": [_TEXT, _TOKEN_IDS]}}
+                | {"minItems": 1, "maxItems": MAX_PROMPTS},
             ]
         },
     },
@@ -83,7 +98,6 @@ _FIELDS: Final[dict[str, dict[str, Json]]] = {
         "function_call": {"type": "null"},
     },
     "ContentPart": {"type": {"const": "text"}, "text": _TEXT},
-    "StreamOptions": {"continuous_usage_stats": _or_null({"const": False})},
     "EmbeddingRequest": {
         "input": {
             "anyOf": [
@@ -94,8 +108,11 @@ _FIELDS: Final[dict[str, dict[str, Json]]] = {
             ]
         },
         "dimensions": _or_null({"type": "integer", "minimum": 1}),
+        "timeout": _SECONDS,
     },
 }
+
+_N_WORDS: Final = "Times prompts, no more than the model's queue holds."
 
 # schema -> fields that must be there, whatever their default
 _REQUIRED: Final[dict[str, list[str]]] = {"Message": ["content"], "ContentPart": ["text"]}
@@ -107,10 +124,15 @@ _MORE: Final[dict[str, dict[str, Json]]] = {
         "stream_options": {"description": "Only where stream is true."},
         "min_tokens": {"description": "Not more than max_tokens."},
         "top_logprobs": {"description": "Above 0 only where logprobs is true."},
+        "n": {"description": _N_WORDS},
+        "continue_final_message": {"description": "Not with add_generation_prompt."},
     },
     "CompletionRequest": {
         "stream_options": {"description": "Only where stream is true."},
         "min_tokens": {"description": "Not more than max_tokens."},
+        "n": {"description": _N_WORDS},
+        "best_of": {"description": "As n."},
+        "echo": {"description": "Not with logprobs."},
     },
 }
 

@@ -7,10 +7,15 @@
 |        | unsupported_parameter, context_length_exceeded,       |                                 |
 |        | model_not_supported, ...                             |                                 |
 | 404    | model_not_found, unknown_url                         |                                 |
+|        | deployment_not_found, unknown_action                 |                                 |
+| 409    | conflict                                             | a change of deployments can not |
+|        |                                                      | be made                         |
+| 412    | precondition_failed                                  | If-Match names another version  |
 | 413    | request_too_large                                    |                                 |
 | 429    | queue_full                                           | with Retry-After                |
 | 500    | engine_failed, internal_error                        |                                 |
 | 503    | model_unavailable, bus_unavailable, shutting_down    | with Retry-After                |
+|        | scheduler_unavailable                                |                                 |
 | 504    | deadline_exceeded                                    |                                 |
 """
 
@@ -103,6 +108,14 @@ def model_not_found(model: str, existing: Sequence[str]) -> ApiError:
     return ApiError(404, "model_not_found", message, param="model")
 
 
+def deployment_not_found(name: str, existing: Sequence[str]) -> ApiError:
+    listed = ", ".join(existing[:_MAX_LISTED]) or "none yet"
+    if len(existing) > _MAX_LISTED:
+        listed += f", ... ({len(existing)} in all, see GET /v1/deployments)"
+    message = f"There is no deployment {name[:_MAX_NAME]!r}. Deployments here: {listed}."
+    return ApiError(404, "deployment_not_found", message, param="name")
+
+
 def model_not_supported(model: str, runner: Runner) -> ApiError:
     """``runner``: what the model is for."""
     message = f"The model {model!r} makes embeddings and generates no text: use /v1/embeddings."
@@ -140,8 +153,9 @@ def shutting_down() -> ApiError:
     return ApiError(503, "shutting_down", message, retry_after_s=RETRY_AFTER_S)
 
 
-def deadline_exceeded(timeout_s: float, stage: str) -> ApiError:
-    message = f"No complete answer within {timeout_s:g} s (api.request_timeout_s); it was {stage}."
+def deadline_exceeded(timeout_s: float, whose: str, stage: str) -> ApiError:
+    """``whose``: which limit it was. ``stage``: where the request was."""
+    message = f"No complete answer within {timeout_s:g} s ({whose}); it was {stage}."
     return ApiError(504, "deadline_exceeded", message)
 
 

@@ -4,12 +4,14 @@ Requests list the fields that are implemented; `services.api.fields` knows the o
 Every optional request field may be null, since clients send their defaults that way.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from schemas.state import ReplicaState
+from schemas.stream import StartKind
 
 Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
 WireFinishReason: TypeAlias = Literal["stop", "length"]
@@ -61,6 +63,21 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     repetition_penalty: float | None = None
     stop_token_ids: list[int] | None = None
     logit_bias: dict[str, float] | None = None  # token id, as JSON keys are, -> bias
+    n: int | None = None  # choices for each prompt
+    echo: bool | None = None
+    # vLLM's
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    cache_salt: str | None = None
+    request_id: str | None = None  # part of the answer's id
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None  # in log probabilities
+    timeout: float | None = None  # seconds for the whole answer, then 504
 
 
 class ChatCompletionRequest(SamplingFields, kw_only=True):
@@ -70,13 +87,21 @@ class ChatCompletionRequest(SamplingFields, kw_only=True):
     max_completion_tokens: int | None = None  # the newer name of max_tokens; wins over it
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
 
 
 class CompletionRequest(SamplingFields, kw_only=True):
-    """``POST /v1/completions``. ``prompt``: text, token ids, or a list with one of these."""
+    """``POST /v1/completions``. ``prompt``: text, token ids, or a list of either kind."""
 
     prompt: str | list[str | int | list[int]]
     logprobs: bool | int | None = None  # how many alternatives; of the booleans false only
+    best_of: int | None = None  # n, since all that were generated are told
 
 
 class EmbeddingRequest(msgspec.Struct):
@@ -86,15 +111,40 @@ class EmbeddingRequest(msgspec.Struct):
     input: str | list[str | int | list[int]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None  # the first so many of each vector, normalised again
+    timeout: float | None = None  # seconds for the whole answer, then 504
 
 
 # -- responses -----------------------------------------------------------------------------
 
 
+class PromptTokensDetails(msgspec.Struct):
+    """``cached_tokens``: what an earlier request had computed already."""
+
+    cached_tokens: int
+
+
 class Usage(msgspec.Struct):
+    """Each prompt counts once, however many choices it has."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | UnsetType = UNSET
+
+
+class Served(msgspec.Struct, omit_defaults=True):
+    """What this server adds beside ``usage``: how the request came to its model.
+
+    ``waited_s``: from its admission until the model was there and began with it. ``swap_*``: the
+    swap-in that it waited for, if any. ``num_resumed``: how often its agent died and it went on.
+    """
+
+    start: StartKind
+    gpu: str
+    waited_s: float
+    swap_s: float | None = None
+    swap_bytes: int | None = None
+    num_resumed: int = 0
 
 
 class TopLogprob(msgspec.Struct):
@@ -139,6 +189,7 @@ class ChatChoice(msgspec.Struct):
     finish_reason: WireFinishReason
     index: int = 0
     logprobs: ChatLogprobs | None = None
+    token_ids: Sequence[int] | UnsetType = UNSET  # with return_token_ids
 
 
 class ChatCompletion(msgspec.Struct):
@@ -148,6 +199,8 @@ class ChatCompletion(msgspec.Struct):
     choices: list[ChatChoice]
     usage: Usage
     object: Literal["chat.completion"] = "chat.completion"
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET  # with return_token_ids
+    hotswap: Served | UnsetType = UNSET
 
 
 class TextChoice(msgspec.Struct):
@@ -155,6 +208,8 @@ class TextChoice(msgspec.Struct):
     finish_reason: WireFinishReason | None = None
     index: int = 0
     logprobs: TextLogprobs | None = None
+    token_ids: Sequence[int] | UnsetType = UNSET  # with return_token_ids
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET  # likewise; in a stream once
 
 
 class Completion(msgspec.Struct):
@@ -166,6 +221,7 @@ class Completion(msgspec.Struct):
     choices: list[TextChoice]
     usage: Usage | UnsetType | None = UNSET
     object: Literal["text_completion"] = "text_completion"
+    hotswap: Served | UnsetType = UNSET  # with the usage
 
 
 class Delta(msgspec.Struct, omit_defaults=True):
@@ -178,6 +234,7 @@ class ChatChunkChoice(msgspec.Struct):
     finish_reason: WireFinishReason | None = None
     index: int = 0
     logprobs: ChatLogprobs | None = None
+    token_ids: Sequence[int] | UnsetType = UNSET  # with return_token_ids
 
 
 class ChatCompletionChunk(msgspec.Struct):
@@ -189,6 +246,8 @@ class ChatCompletionChunk(msgspec.Struct):
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET  # with return_token_ids; the first only
+    hotswap: Served | UnsetType = UNSET  # with the usage
 
 
 class Embedding(msgspec.Struct):
@@ -211,6 +270,7 @@ class EmbeddingList(msgspec.Struct):
     model: str
     usage: EmbeddingUsage
     object: Literal["list"] = "list"
+    hotswap: Served | UnsetType = UNSET
 
 
 class HotswapInfo(msgspec.Struct):
@@ -222,6 +282,7 @@ class HotswapInfo(msgspec.Struct):
     weight_bytes: int | None
     max_model_len: int | None
     reason: str  # why it failed, else ""
+    alias_of: str | UnsetType = UNSET  # the deployment, where this is another name of it
 
 
 class Model(msgspec.Struct):

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from services.api import constraints, fields, openai
+from services.api import constraints, fields, openai, openapi_deployments
 from services.api.errors import ErrorBody
 from services.api.fields import Endpoint
 
@@ -94,6 +94,7 @@ def build() -> Json:
                     ]
                 }
             },
+            **openapi_deployments.paths(),
             "/healthz": {"get": _health("healthz", "Is the process alive?")},
             "/health": {"get": _health("health", "As /healthz, where vLLM has it")},
             "/ping": {"get": _health("ping", "As /healthz")},
@@ -221,6 +222,7 @@ def _schemas() -> Json:
         openai.EmbeddingList,
         openai.ModelList,
         ErrorBody,
+        *openapi_deployments.KINDS,
     )
     _, schemas = msgspec.json.schema_components(kinds, ref_template=_REF)
     for kind in kinds:
@@ -239,5 +241,5 @@ def _add_known_fields(schema: Json, endpoint: Endpoint) -> None:
             "enum": [*neutral, None],
             "description": "Not implemented: other values are refused.",
         }
-    for name in sorted(fields.HARMLESS):
+    for name in sorted(fields.harmless(endpoint)):
         properties[name] = {"description": "Accepted; changes nothing."}

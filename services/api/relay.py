@@ -7,31 +7,31 @@ open until exactly one of these ends it:
     2. Failed            the agent's error, with its code         likewise
     3. client left       +
     4. deadline          |
-    5. model failed      | taken back: withdrawn from the queue, cancelled at the agent, and
-    6. reader too slow   | RequestWithdrawn where no agent had started it (else the agent
-    7. runs diverged     | publishes RequestEnded)
-    8. shutdown          +
+    5. model failed      | taken back (`TakingBack`): withdrawn from the queue, cancelled at the
+    6. reader too slow   | agent, and one terminal event, whoever is there to publish it
+    7. runs diverged     |
+    8. shutdown          |
+    9. choice failed     +
 
-A restarted NATS server has lost its memory stream, so after every reconnect all open requests
-are queued again under their ids; the queue drops those that it still has. Chunks can be lost
-while a connection is away (core NATS delivers at most once), and an agent that finds no
-listener cancels: then the request is run again under a new id, ``<id>-r2``, with the same seed,
-and `Answer` skips what the client already has.
+Until then it is one stream, whatever happens to those who work on it:
+
+    an agent or a worker died   the queue delivers it again; whoever gets it asks what is known here
+                                and goes on behind that (`schemas.stream.Resuming`)
+    the NATS server restarted   its memory stream is lost: the request is queued again under its id,
+                                and whoever gets it asks; who had it before is told to let go
+    tokens or the end are lost  core NATS delivers at most once: queued again under a new id,
+                                ``<id>-r2``, with what is known as its prefix
 """
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
-from typing import Literal, TypeAlias
+from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from schemas.events import RequestWithdrawn, kind_of
-from schemas.names import cancel_subject, event_subject
 from schemas.requests import (
-    CancelRequest,
     EmbedInput,
     EmbedRequest,
     GenerateRequest,
@@ -39,23 +39,30 @@ from schemas.requests import (
     Request,
     SamplingParams,
 )
-from schemas.stream import Chunk, Failed, Finished, Started, Tokens, Vectors
+from schemas.stream import (
+    Chunk,
+    Failed,
+    Finished,
+    ResumeFrom,
+    Resuming,
+    Started,
+    Tokens,
+    Vectors,
+)
 from services.api import errors
 from services.api.answer import Diverged, Piece
 from services.api.call import Background, Call, ClientLeft
 from services.api.errors import ApiError
+from services.api.taking_back import TakingBack, WithdrawReason
 from services.api.waits import RetryAfter, unknown
 from services.bus import Bus, BusError, QueueFull, WorkQueue
 from services.bus.connection import Hook
 
 log = logging.getLogger(__name__)
 
-WithdrawReason: TypeAlias = Literal["client_left", "deadline", "model_failed", "shutdown"]
-
 MAX_RUNS = 4  # then an error is the better answer
+TIMEOUT_SETTING = "api.request_timeout_s"
 _RETRY_S = 0.5
-_SETTLE_S = 0.05  # an agent that pulled a request just before it was withdrawn says so by then
-_REMEMBERED = 2048  # requests given up, in case an agent had just pulled one
 
 
 class Relay:
@@ -72,10 +79,9 @@ class Relay:
         self._retry_after_s = retry_after_s
         self._queue = WorkQueue(bus)
         self._timeout_s = timeout_s
-        self._max_queued = max_queued_per_model
+        self.max_queued = max_queued_per_model
         self._calls: dict[str, Call] = {}
-        self._leaving: dict[str, Call] = {}  # being taken back right now
-        self._given_up: dict[str, str] = {}  # request id -> model, oldest first
+        self._taking_back = TakingBack(bus, self._queue)
         self._decoder: msgspec.json.Decoder[Chunk] = msgspec.json.Decoder(Chunk)
         self._background = Background()
         self._idle = asyncio.Event()
@@ -97,8 +103,12 @@ class Relay:
         sampling: SamplingParams,
         *,
         tenant: str = "",
+        timeout_s: float | None = None,
     ) -> Call:
-        """Queue a request. Raises ApiError where it can not be queued."""
+        """Queue a request. Raises ApiError where it can not be queued.
+
+        ``timeout_s``: where the client waits no longer than that for the whole answer.
+        """
         now = time.time()
         return await self._open(
             GenerateRequest(
@@ -109,7 +119,7 @@ class Relay:
                 sampling=sampling,
                 reply_to=f"{self._bus.inbox}.r.{request_id}",
                 created_at=now,
-                deadline_at=now + self._timeout_s,
+                deadline_at=now + self._bound(timeout_s),
                 tenant=tenant,
             )
         )
@@ -122,6 +132,7 @@ class Relay:
         dimensions: int | None,
         *,
         tenant: str = "",
+        timeout_s: float | None = None,
     ) -> Call:
         """Queue a request for embeddings. Raises ApiError where it can not be queued."""
         now = time.time()
@@ -133,11 +144,14 @@ class Relay:
                 inputs=inputs,
                 reply_to=f"{self._bus.inbox}.r.{request_id}",
                 created_at=now,
-                deadline_at=now + self._timeout_s,
+                deadline_at=now + self._bound(timeout_s),
                 dimensions=dimensions,
                 tenant=tenant,
             )
         )
+
+    def _bound(self, timeout_s: float | None) -> float:
+        return self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
 
     async def _open(self, request: Request) -> Call:
         if self._closing:
@@ -149,7 +163,7 @@ class Relay:
         self._calls[request_id] = call
         self._idle.clear()
         loop = asyncio.get_running_loop()
-        call.timer = loop.call_later(self._timeout_s, self._on_deadline, call)
+        call.timer = loop.call_later(call.timeout_s, self._on_deadline, call)
         # A task of its own: the HTTP side may be cancelled, but a request that reached the
         # queue must have its sequence number known, or it could not be withdrawn.
         queueing = self._background.run(call, self._enqueue(call, request_id))
@@ -159,7 +173,7 @@ class Relay:
             if not call.ended:
                 self._drop(call, error)
             retry_after_s = self._retry_after_s(model)
-            raise errors.queue_full(model, self._max_queued, retry_after_s) from error
+            raise errors.queue_full(model, self.max_queued, retry_after_s) from error
         except BusError as error:
             log.warning("request %s for %s was not queued: %s", request_id, model, error)
             # It may have been stored all the same, only the answer was lost: take it back.
@@ -173,6 +187,10 @@ class Relay:
     def client_left(self, call: Call) -> None:
         """The HTTP client is gone; safe to call at any time (way 3)."""
         self._give_up(call, ClientLeft(), "client_left")
+
+    def choice_failed(self, call: Call) -> None:
+        """Its answer has come to an error elsewhere: nobody reads this part of it (way 9)."""
+        self._give_up(call, ClientLeft(), "choice_failed")
 
     def model_failed(self, model: str, reason: str) -> None:
         """End what waits for ``model`` and has not been started (way 5)."""
@@ -209,17 +227,33 @@ class Relay:
             chunk = self._decoder.decode(data)
         except msgspec.DecodeError as error:
             log.error("request %s: unreadable chunk: %s", request_id, error)
-            return  # its tokens will be missed at the end, and the request runs again
-        if call := self._calls.get(request_id):
-            if not call.answer.is_stale(chunk.request_id, chunk.attempt):
-                self._on_chunk(call, chunk)
-            return
-        if isinstance(chunk, Started) and (leaving := self._leaving.get(request_id)):
-            leaving.started = chunk
-        if isinstance(chunk, Started | Tokens | Vectors) and request_id in self._given_up:
-            # Its agent pulled it before it was withdrawn, and saw the cancellation too early.
-            model = self._given_up.pop(request_id)
-            self._background.run(None, self._cancel(model, chunk.request_id))
+            return  # its tokens will be missed, and the request runs again
+        call = self._calls.get(request_id)
+        if isinstance(chunk, Resuming):
+            self._on_resuming(request_id, call, chunk, reply)
+        elif call is None:
+            if model := self._taking_back.on_chunk(request_id, chunk):
+                self._background.run(None, self._taking_back.cancel(model, chunk.request_id))
+        elif not call.answer.is_stale(chunk.request_id, chunk.attempt):
+            self._on_chunk(call, chunk)
+
+    def _on_resuming(self, request_id: str, call: Call | None, chunk: Resuming, reply: str) -> None:
+        """An agent was given a run that may have run before: where does it go on, if at all?"""
+        answer = ResumeFrom(chunk.request_id, "cancel")
+        if call is None and self._taking_back.has_ended(request_id):
+            answer = ResumeFrom(chunk.request_id, "drop")
+        elif call is not None and chunk.request_id == call.newest_run:
+            call.answer.is_stale(chunk.request_id, chunk.attempt)  # earlier ones are, from now on
+            answer = ResumeFrom(chunk.request_id, "run", tuple(call.answer.token_ids))
+            if call.has_begun and call.started:
+                call.num_resumed += 1
+                words = "request %s goes on at gpu %s, behind %d tokens"
+                log.warning(words, chunk.request_id, chunk.gpu, len(answer.token_ids))
+                if call.started.gpu != chunk.gpu:  # it may live, and not know
+                    gpu = call.started.gpu
+                    cancel = self._taking_back.cancel(call.model, chunk.request_id, gpu)
+                    self._background.run(call, cancel)
+        self._background.run(call, self._bus.publish(reply, answer))
 
     def _on_chunk(self, call: Call, chunk: Chunk) -> None:
         match chunk:
@@ -229,7 +263,7 @@ class Relay:
                 if call.vectors:
                     call.vectors.add(chunk)
             case Started():
-                call.started = chunk
+                call.start(chunk)
             case Finished() if chunk.finish_reason == "cancelled":
                 self._run_again(call, chunk.request_id, "the agent cancelled it")
             case Finished():
@@ -239,9 +273,14 @@ class Relay:
             case Failed() if chunk.request_id == call.newest_run:
                 retry_after_s = self._retry_after_s(call.model)
                 error = errors.from_failure(chunk.code, chunk.message, call.param, retry_after_s)
+                if chunk.code == "deadline_exceeded":  # the agent does not know whose it is
+                    error = self._too_late(call)
                 self._end(call, error, chunk.request_id)
 
     def _on_tokens(self, call: Call, chunk: Tokens) -> None:
+        if call.answer.has_gap_before(chunk):
+            self._run_again(call, chunk.request_id, "tokens were lost on the way")
+            return
         try:
             piece = call.answer.add(chunk)
         except Diverged as error:
@@ -275,89 +314,87 @@ class Relay:
         next_run = f"{call.request_id}-r{len(call.runs) + 1}"
         log.warning("request %s runs again as %s: %s", run, next_run, why)
         call.runs[next_run] = None
-        self._background.run(call, self._enqueue_patiently(call, next_run))
+        self._background.run(call, self._replace(run, call, next_run))
+
+    async def _replace(self, instead_of: str, call: Call, run: str) -> None:
+        await self._patiently(call, lambda: self._enqueue(call, run))
+        if not call.ended:  # it may compute still
+            await self._taking_back.withdraw(call, instead_of)
 
     async def _queue_again(self) -> None:
-        """After a reconnect. Sequence numbers of a restarted server start from 1 again."""
+        """After a reconnect."""
         for call in list(self._calls.values()):
-            call.runs = dict.fromkeys(call.runs)
-            call.answer.queued_again(call.newest_run)
-            self._background.run(call, self._enqueue_patiently(call, call.newest_run))
+            if (seq := call.runs.get(call.newest_run)) is not None:
+                self._background.run(call, self._recover(call, call.newest_run, seq))
 
-    async def _enqueue_patiently(self, call: Call, run: str) -> None:
-        """Queue a request that was admitted already: it waits for room, and for the server."""
+    async def _recover(self, call: Call, run: str, seq: int) -> None:
+        """Have ``run`` in the queue again, if it is not there any more."""
+        await self._patiently(call, lambda: self._recover_once(call, run, seq))
+
+    async def _recover_once(self, call: Call, run: str, seq: int) -> None:
+        if run != call.newest_run or await self._queue.holds(seq, run):
+            return
+        # Sequence numbers of a restarted server start from 1 again: none of ours is valid.
+        call.runs = dict.fromkeys(call.runs)
+        num_before = max(call.answer.num_attempts(run), 1)
+        if not await self._enqueue(call, run, num_before) and not call.ended:
+            # The server knows it, and it has left the queue: it ended when we could not hear it.
+            self._run_again(call, run, "its end was lost on the way")
+
+    async def _patiently(self, call: Call, work: Callable[[], Awaitable[object]]) -> None:
+        """For a request that was admitted already: it waits for room, and for the server."""
         while not call.ended:
             try:
-                await self._enqueue(call, run)
+                await work()
                 break
             except BusError as error:
-                log.warning("request %s is not queued again yet: %s", run, error)
+                log.warning("request %s is not queued again yet: %s", call.newest_run, error)
                 await asyncio.sleep(_RETRY_S)
 
-    async def _enqueue(self, call: Call, run: str) -> None:
+    async def _enqueue(self, call: Call, run: str, attempts_before: int = 0) -> bool:
+        """Whether it is new to the queue."""
         call.runs.setdefault(run, None)
-        seq = await self._queue.enqueue(msgspec.structs.replace(call.request, request_id=run))
-        if run not in call.runs:
-            return  # its answer was complete before the queue's word was here
-        call.runs[run] = seq
-        if call.ended:
-            await self._take_back(call, run)
+        request = msgspec.structs.replace(
+            call.request, request_id=run, attempts_before=attempts_before
+        )
+        if isinstance(request, GenerateRequest) and run != call.request_id:
+            known = tuple(call.answer.token_ids)
+            request = msgspec.structs.replace(request, prefix_token_ids=known)
+        seq, is_new = await self._queue.enqueue_once(request)
+        if run in call.runs:  # else its answer was complete before the queue's word was here
+            call.runs[run] = seq
+            if call.ended:
+                await self._taking_back.withdraw(call, run)
+        return is_new
 
     # -- ends ------------------------------------------------------------------------------
 
     def _on_deadline(self, call: Call) -> None:
-        error = errors.deadline_exceeded(self._timeout_s, call.stage)
-        self._give_up(call, error, "deadline")
+        self._give_up(call, self._too_late(call), "deadline")
+
+    def _too_late(self, call: Call) -> ApiError:
+        whose = "the request's timeout" if call.timeout_s < self._timeout_s else TIMEOUT_SETTING
+        return errors.deadline_exceeded(call.timeout_s, whose, call.stage)
 
     def _give_up(self, call: Call, cause: Exception, reason: WithdrawReason | None) -> None:
-        """Ways 3 to 8: end ``call`` from this side. Does nothing where it has ended already."""
+        """Ways 3 to 9: end ``call`` from this side. Does nothing where it has ended already."""
         if call.ended:
             return
         self._drop(call, cause)
-        self._given_up[call.request_id] = call.model
-        if len(self._given_up) > _REMEMBERED:
-            del self._given_up[next(iter(self._given_up))]
-        self._background.run(call, self._withdraw(call, list(call.runs), reason))
+        self._taking_back.note_given_up(call)
+        work = self._taking_back.take_back(call, list(call.runs), reason)
+        self._background.run(call, work)
 
     def _end(self, call: Call, how: Finished | ApiError, run: str) -> None:
         """Ways 1 and 2: ``run`` has ended at its agent; stop the others, if there are any."""
         self._drop(call, how)
+        self._taking_back.note_end(call)
         call.runs.pop(run, None)
         if call.runs:
-            self._background.run(call, self._withdraw(call, list(call.runs), None))
+            self._background.run(call, self._taking_back.take_back(call, list(call.runs), None))
 
     def _drop(self, call: Call, how: Finished | Exception) -> None:
         call.end(how)
         del self._calls[call.request_id]
         if not self._calls:
             self._idle.set()
-
-    async def _withdraw(self, call: Call, runs: list[str], reason: WithdrawReason | None) -> None:
-        self._leaving[call.request_id] = call
-        try:
-            for run in runs:
-                await self._take_back(call, run)
-            if reason:
-                await asyncio.sleep(_SETTLE_S)
-        finally:
-            del self._leaving[call.request_id]
-        if reason and call.started is None:
-            event = RequestWithdrawn(
-                model=call.model, request_id=call.request_id, at=time.time(), reason=reason
-            )
-            await self._bus.publish(event_subject(kind_of(event), model=call.model), event)
-
-    async def _take_back(self, call: Call, run: str) -> None:
-        """Out of the queue first, so that whoever pulled it before gets the cancellation after."""
-        seq = call.runs.get(run)
-        # While the server is away the call would wait in memory, and could then hit another
-        # request under the same number; a restarted server has forgotten this one anyway.
-        if seq is not None and self._bus.is_connected:
-            try:
-                await self._queue.withdraw(seq)
-            except BusError as error:
-                log.warning("request %s could not be withdrawn: %s", run, error)
-        await self._cancel(call.model, run)
-
-    async def _cancel(self, model: str, run: str) -> None:
-        await self._bus.publish(cancel_subject(model), CancelRequest(request_id=run, model=model))

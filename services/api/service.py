@@ -15,6 +15,7 @@ from litestar.types import ASGIApp
 
 from services.api.app import build
 from services.api.catalog import Catalog
+from services.api.progress import Progress
 from services.api.relay import Relay
 from services.api.waits import Waits
 from services.bus import Bus, BusError, BusOptions, declare
@@ -69,17 +70,27 @@ async def run(settings: Settings, bus_options: BusOptions, *, stop: asyncio.Even
     after = waits.retry_after_s
     relay = Relay(bus, api.request_timeout_s, api.max_queued_per_model, after)
     catalog = Catalog(bus, relay.model_failed, after)
+    progress = Progress(bus, waits, catalog.states)
     try:
         await declare(bus, api.max_queued_per_model)
         await waits.start()
         await catalog.start()
+        await progress.start()
         await relay.start()
-        app = build(bus, catalog, relay, api.max_body_bytes)
+        app = build(
+            bus,
+            catalog,
+            relay,
+            progress,
+            max_body_bytes=api.max_body_bytes,
+            progress_after_s=api.progress_after_s,
+        )
         await _serve(app, listener, relay, stop)
     finally:
         listener.close()
         await relay.drain(0)
         await relay.close()
+        await progress.stop()
         await catalog.stop()
         await waits.stop()
         await bus.close()

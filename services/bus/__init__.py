@@ -14,6 +14,7 @@ from services.bus.connection import (
     BusUnavailable,
     JetStreamError,
     Message,
+    NoResponder,
 )
 from services.bus.kv import Bucket, Entry, Lease, LeaseLost, Writer
 from services.bus.topology import declare
@@ -31,6 +32,7 @@ __all__ = [
     "Lease",
     "LeaseLost",
     "Message",
+    "NoResponder",
     "Puller",
     "QueueFull",
     "WorkQueue",

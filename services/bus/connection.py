@@ -2,6 +2,7 @@
 
     BusError
     |- BusUnavailable    no server answered in time, or it refused our credentials
+    |  '- NoResponder    nobody is there who would answer such a request
     |- JetStreamError    the JetStream API refused a call; .code is its err_code
 
 Messages are msgspec structs as JSON, so that ``nats sub 'hs.v1.>'`` reads well. Every
@@ -40,6 +41,10 @@ class BusError(Exception):
 
 
 class BusUnavailable(BusError):
+    pass
+
+
+class NoResponder(BusUnavailable):
     pass
 
 
@@ -251,6 +256,22 @@ class Bus:
             subject, self._encoder.encode(message), reply=reply, headers=self.headers(**headers)
         )
 
+    async def request(
+        self, subject: str, message: msgspec.Struct, kind: type[T], timeout_s: float = 5.0
+    ) -> T:
+        """Publish, and wait for the one answer. Raises NoResponder, BusUnavailable, BusError."""
+        data, headers = self._encoder.encode(message), self.headers() or None
+        try:
+            msg = await self._client.request(subject, data, timeout=timeout_s, headers=headers)
+        except nats.errors.NoRespondersError as error:
+            raise NoResponder(f"nobody answers requests on {subject}") from error
+        except (nats.errors.Error, TimeoutError) as error:
+            raise BusUnavailable(f"{subject}: no answer within {timeout_s:g} s: {error}") from error
+        try:
+            return msgspec.json.decode(msg.data, type=kind)
+        except msgspec.DecodeError as error:
+            raise BusError(f"{subject}: unreadable answer: {error}") from error
+
     async def publish_raw(
         self, subject: str, data: bytes, *, reply: str = "", headers: dict[str, str] | None = None
     ) -> None:
@@ -364,8 +385,15 @@ class Bus:
         self, subject: str, data: bytes, headers: dict[str, str], timeout_s: float = 5.0
     ) -> int:
         """Publish into the stream that owns ``subject``; returns its sequence number."""
+        seq, _ = await self.store_once(subject, data, headers, timeout_s)
+        return seq
+
+    async def store_once(
+        self, subject: str, data: bytes, headers: dict[str, str], timeout_s: float = 5.0
+    ) -> tuple[int, bool]:
+        """Likewise; also whether it is new: a known Nats-Msg-Id has the number that it had."""
         ack = await self._js_request(subject, data, headers, timeout_s)
-        return int(ack["seq"])
+        return int(ack["seq"]), not ack.get("duplicate", False)
 
     async def _js_request(
         self, subject: str, data: bytes, headers: dict[str, str] | None, timeout_s: float

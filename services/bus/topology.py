@@ -75,6 +75,7 @@ def bucket_stream(bucket: str, history: int = 1) -> dict[str, Any]:
 
 
 BUCKETS = (
+    names.BUCKET_DEPLOYMENTS,
     names.BUCKET_MODELS,
     names.BUCKET_PLACEMENT,
     names.BUCKET_RESIDENCY,

@@ -11,6 +11,7 @@ hence the raw CONSUMER.CREATE and MSG.NEXT requests.
 """
 
 import asyncio
+import base64
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -24,7 +25,14 @@ from opentelemetry.context import Context
 
 from schemas import names
 from schemas.requests import Request
-from services.bus.connection import Bus, BusError, Hook, JetStreamError, RawMessage
+from services.bus.connection import (
+    Bus,
+    BusError,
+    Hook,
+    JetStreamError,
+    RawMessage,
+    header_of,
+)
 from services.bus.topology import NS
 
 log = logging.getLogger(__name__)
@@ -34,6 +42,8 @@ PULL_EXPIRES_S = 30.0
 REDELIVER_AFTER_S = 5.0  # a Delivery that is neither acked nor in_progress for this long
 _CONSUMER_IDLE_S = 300.0
 _FULL = (10077, 10054, 10053)  # "maximum messages per subject exceeded" and its kin
+
+_NO_MESSAGE = 10037
 
 _request_decoder: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
 
@@ -88,13 +98,18 @@ class WorkQueue:
         Idempotent by request id within the stream's duplicate window.
         Raises QueueFull, BusUnavailable.
         """
+        seq, _ = await self.enqueue_once(request)
+        return seq
+
+    async def enqueue_once(self, request: Request) -> tuple[int, bool]:
+        """Likewise; also whether it is new. If not, it is in the queue still, or has left it."""
         left_s = max(1, round(request.deadline_at - time.time()))
         headers = self._bus.headers(Nats_Msg_Id=request.request_id, Nats_TTL=f"{left_s}s")
         if request.tenant:
             headers[names.HEADER_TENANT] = request.tenant
         subject = names.request_subject(request.klass, request.model)
         try:
-            return await self._bus.store(subject, msgspec.json.encode(request), headers)
+            return await self._bus.store_once(subject, msgspec.json.encode(request), headers)
         except JetStreamError as error:
             if error.code in _FULL:
                 raise QueueFull(f"the queue of model {request.model!r} is full") from error
@@ -109,6 +124,18 @@ class WorkQueue:
         except JetStreamError:
             return False
         return True
+
+    async def holds(self, stream_seq: int, request_id: str) -> bool:
+        """Whether that very request is in the queue still, or in flight at an agent."""
+        body = {"seq": stream_seq}
+        try:
+            found = await self._bus.jetstream(f"STREAM.MSG.GET.{names.STREAM_REQUESTS}", body)
+        except JetStreamError as error:
+            if error.code == _NO_MESSAGE:
+                return False
+            raise
+        block = base64.b64decode(found["message"].get("hdrs", ""))
+        return header_of(block, b"Nats-Msg-Id") == request_id
 
     async def depths(self) -> tuple[dict[str, int], float]:
         """Requests per model in the queue, those in flight at agents included, and when.

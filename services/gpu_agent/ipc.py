@@ -3,13 +3,14 @@
 The two are separate processes so that a busy interpreter lock in the engine never delays
 the bus. They talk over one Unix stream socket: a 4-byte big-endian length, then msgpack.
 
-    control -> worker   Register  Load  SwapIn  SwapOut  Verify  Submit  Cancel  Shutdown
+    control -> worker   Register  Load  SwapIn  SwapOut  Forget  Verify  Submit  Cancel  Shutdown
     worker -> control   Ready  Registered  LoadProgress  Loaded  Arriving  SwappedIn
-                        SwapInCancelled  SwappedOut  Unloaded  Verified  Corrupted  OpFailed
+                        SwapInCancelled  SwappedOut  Unloaded  Forgotten  Verified  Corrupted
+                        OpFailed
                         Begun  Produced  Embedded  Done  Broke   (of a request; the last two end it)
 
-The worker answers every Register, Load and SwapOut exactly once, every SwapIn with Arriving and
-then exactly one of SwappedIn, SwapInCancelled and OpFailed (or with OpFailed alone), every
+The worker answers every Register, Load, SwapOut and Forget exactly once, every SwapIn with Arriving
+and then exactly one of SwappedIn, SwapInCancelled and OpFailed (or with OpFailed alone), every
 Verify with Verified, Corrupted or OpFailed, and every Submit with exactly one Done or Broke.
 Nothing of a model is Produced or Embedded before its SwappedIn.
 """
@@ -20,7 +21,7 @@ import msgspec
 
 from schemas.requests import Request
 from schemas.state import ModelFacts, ModelSpec, SwapTrace
-from schemas.stream import ErrorCode, FinishReason, TokenLogprobs
+from schemas.stream import ErrorCode, FinishReason, PromptTold, TokenLogprobs
 
 MAX_FRAME_BYTES = 64 * 2**20
 
@@ -51,6 +52,12 @@ class SwapOut(msgspec.Struct, frozen=True, tag=True):
     preempt: bool = False
 
 
+class Forget(msgspec.Struct, frozen=True, tag=True):
+    """Drop the model's host image, and the model: it is registered no more. Not on the device."""
+
+    model: str
+
+
 class Verify(msgspec.Struct, frozen=True, tag=True):
     """Compare every page of the model's weights with what was loaded."""
 
@@ -69,7 +76,9 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
-ToWorker: TypeAlias = Register | Load | SwapIn | SwapOut | Verify | Submit | Cancel | Shutdown
+ToWorker: TypeAlias = (
+    Register | Load | SwapIn | SwapOut | Forget | Verify | Submit | Cancel | Shutdown
+)
 
 
 # -- worker -> control -------------------------------------------------------------------
@@ -117,6 +126,14 @@ class Unloaded(msgspec.Struct, frozen=True, tag=True):
 
     model: str
     num_bytes: int
+
+
+class Forgotten(msgspec.Struct, frozen=True, tag=True):
+    """``num_bytes``: of the host image that was dropped, if there was one."""
+
+    model: str
+    num_bytes: int
+    memory: Memory
 
 
 class Arriving(msgspec.Struct, frozen=True, tag=True):
@@ -173,7 +190,7 @@ class OpFailed(msgspec.Struct, frozen=True, tag=True):
     """Nothing changed; ``reason`` names the cause and what to do."""
 
     model: str
-    op: Literal["register", "load", "swap_in", "swap_out", "verify"]
+    op: Literal["register", "load", "swap_in", "swap_out", "unload", "verify"]
     reason: str
 
 
@@ -191,6 +208,7 @@ class Produced(msgspec.Struct, frozen=True, omit_defaults=True, tag=True):
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprobs, ...] = ()  # of each of token_ids, where the request asks
+    prompt: PromptTold | None = None  # where index is 0
 
 
 class Embedded(msgspec.Struct, frozen=True, tag=True):
@@ -210,6 +228,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     prefill_s: float
     decode_s: float
     text: str = ""
+    cached_tokens: int = 0
 
 
 class Broke(msgspec.Struct, frozen=True, tag=True):
@@ -224,6 +243,7 @@ FromWorker: TypeAlias = (
     | LoadProgress
     | Loaded
     | Unloaded
+    | Forgotten
     | Arriving
     | SwappedIn
     | SwapInCancelled

@@ -42,6 +42,8 @@ class Replica:
     decided_at: float = 0.0  # first command for that waiter; 0: unknown
     awaits_first_token: bool = False  # since the last swap-in
     cached_bytes: int = 0  # of its weights, still on the device though swapped out
+    settings: str = ""  # fingerprint of ``spec``, as the scheduler told it
+    is_leaving: bool = False  # the worker is told to forget it
     lost_image: str = ""  # why the worker dropped its image under a swap-in, whose end is to come
     after_loss: ReplicaState = "cold"  # what it is then
     num_corruptions: int = 0  # how often its weights were not what was loaded
@@ -90,6 +92,7 @@ class Replica:
             facts=self.facts,
             reason=self.reason,
             cached_bytes=self.cached_bytes,
+            settings=self.settings,
         )
 
     def residency(self, gpu: str) -> ResidencyRecord:

@@ -1,6 +1,7 @@
 """Requests in flight: queue delivery -> worker -> token chunks -> acknowledgement.
 
     on_delivery   Started to the api, Submit to the worker          RequestStarted
+                  (delivered again: first `Resumption` asks what the api has of it)
     announce      Started to the api, where the weights were still arriving then
     on_produced   Tokens to the api
     on_embedded   Vectors to the api
@@ -11,6 +12,7 @@
     hand_back     nak, for one replica whose weights failed or were dropped
     preempt       nak, for those of one replica that the worker has not got yet
     suspended     nothing is told: the others wait in the worker until `resumed`
+    release       nothing: another agent goes on with it
     finish        nak: whoever gets it next ends it
 
 Where nobody listens to the chunks any more (the api died, or gave up), the server says so, and
@@ -28,14 +30,26 @@ from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from typing import Literal, TypeAlias
 
+import msgspec
+
 from schemas.events import RequestEnded, RequestStarted
-from schemas.stream import Chunk, ErrorCode, Failed, RequestTiming, Tokens, Vectors
+from schemas.requests import GenerateRequest
+from schemas.stream import (
+    Chunk,
+    ErrorCode,
+    Failed,
+    RequestTiming,
+    ResumeFrom,
+    Tokens,
+    Vectors,
+)
 from services import telemetry
 from services.bus import Bus, BusError, Delivery
 from services.bus.connection import RawMessage
 from services.gpu_agent import ipc
 from services.gpu_agent.replicas import Replica
 from services.gpu_agent.reporter import Reporter
+from services.gpu_agent.resuming import Resumption
 from services.gpu_agent.suspects import MAX_CRASHES, Suspects
 from services.gpu_agent.telling import InFlight, Telling
 
@@ -67,6 +81,7 @@ class Serving:
         self._freed = freed
         self._gone_inbox = f"{bus.inbox}.gone"
         self._telling = Telling(bus, gpu, reporter, self._gone_inbox)
+        self._resumption = Resumption(bus, gpu, self._on_verdict)
         self._suspects = Suspects()
         self._line: deque[InFlight] = deque()  # admitted, not submitted yet
         self._ended: OrderedDict[str, Chunk] = OrderedDict()  # lately ended, newest last
@@ -74,6 +89,7 @@ class Serving:
 
     async def start(self) -> None:
         await self._bus.subscribe_raw(f"{self._gone_inbox}.*", self._on_gone)
+        await self._resumption.start()
         self._bus.on_reconnect(self._on_reconnect)
 
     # -- from the queue ------------------------------------------------------------------
@@ -81,6 +97,7 @@ class Serving:
     async def on_delivery(self, replica: Replica, delivery: Delivery) -> None:
         request = delivery.request
         if known := self.in_flight.get(request.request_id):
+            delivery.request = known.request  # with the tokens that it went on from
             known.delivery = delivery  # delivered again after a reconnect: go on, answer this one
             return
         if last := self._ended.get(request.request_id):
@@ -88,7 +105,8 @@ class Serving:
             await self._settle(delivery.ack())
             return
         now = time.time()
-        flight = InFlight(delivery, replica, attempt=delivery.num_delivered, pulled_at=now)
+        attempt = request.attempts_before + delivery.num_delivered
+        flight = InFlight(delivery, replica, attempt, pulled_at=now)
         if now >= request.deadline_at:
             await self._fail(flight, "deadline_exceeded", "the request's deadline passed in queue")
         elif not replica.is_open:
@@ -97,8 +115,30 @@ class Serving:
             self.in_flight[request.request_id] = flight
             self._idle.clear()
             replica.in_flight.add(request.request_id)
+            if attempt > 1:
+                self._resumption.ask(flight)
+                return
             self._line.append(flight)
             await self._submit_line()
+
+    async def _on_verdict(self, flight: InFlight, known: ResumeFrom) -> None:
+        """What the api has of a request that may have run before."""
+        request = flight.request
+        if self.in_flight.get(request.request_id) is not flight:
+            return  # cancelled, or handed back, meanwhile
+        if known.verdict == "cancel":
+            await self._fail(flight, "cancelled", "nobody waits for it any more", "cancelled")
+            return
+        if known.verdict == "drop":
+            await self._drop(flight)
+            await self._settle(flight.delivery.ack())
+            return
+        if isinstance(request, GenerateRequest):
+            flight.delivery.request = msgspec.structs.replace(
+                request, prefix_token_ids=known.token_ids
+            )
+        self._line.append(flight)
+        await self._submit_line()
 
     async def _submit_line(self) -> None:
         """Give the worker what it may have now, first come first served."""
@@ -144,6 +184,14 @@ class Serving:
         elif flight:
             await self._fail(flight, "cancelled", "cancelled before it began", "cancelled")
 
+    async def release(self, request_id: str) -> None:
+        """Another agent goes on with it, and will end it."""
+        if flight := self.in_flight.get(request_id):
+            log.info("request %s goes on at another agent", request_id)
+            if flight.is_submitted:
+                self._send(ipc.Cancel(request_id))
+            await self._drop(flight)
+
     async def _on_gone(self, raw: RawMessage) -> None:
         request_id = raw.subject.rsplit(".", 1)[1]
         if raw.headers.get("Status") == "503" and request_id in self.in_flight:
@@ -177,6 +225,7 @@ class Serving:
                 message.token_ids,
                 message.text,
                 message.logprobs,
+                message.prompt,
             )
             await self._telling.publish(flight.request, chunk)
 
@@ -234,6 +283,15 @@ class Serving:
                 self._send(ipc.Cancel(flight.request.request_id))
         await self._return(flights)
         await self._submit_line()
+
+    async def end_all(self, replica: Replica, reason: str) -> None:
+        """Its requests end with an error, wherever they are."""
+        for flight in self._flights_of(replica):
+            if flight.is_submitted:
+                self._send(ipc.Cancel(flight.request.request_id))
+        for flight in self._flights_of(replica):
+            if self.in_flight.get(flight.request.request_id) is flight:
+                await self._fail(flight, "model_unavailable", reason)
 
     async def finish(self, grace_s: float) -> None:
         """At shutdown: wait up to ``grace_s`` seconds; what still runs goes back to the queue,
@@ -312,12 +370,19 @@ class Serving:
                 at=time.time(),
                 outcome=outcome,
                 prompt_tokens=flight.prompt_tokens,
-                completion_tokens=flight.num_tokens,
+                completion_tokens=max(flight.num_tokens, flight.num_prefix),
                 timing=timing,
                 error=error,
                 tenant=flight.request.tenant,
+                prefix_tokens=flight.num_prefix,
             )
         )
+        await self._freed(flight.replica)
+        await self._submit_line()
+
+    async def _drop(self, flight: InFlight) -> None:
+        """Forget it without a word; its slot is free."""
+        self._forget(flight)
         await self._freed(flight.replica)
         await self._submit_line()
 

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 
 from schemas.events import FirstTokenSent
-from schemas.requests import EmbedRequest, Request
+from schemas.requests import EmbedRequest, GenerateRequest, Request
 from schemas.stream import Chunk, Finished, RequestTiming, Started
 from services import telemetry
 from services.bus import Bus, BusError, Delivery
@@ -38,6 +38,12 @@ class InFlight:
     @property
     def request(self) -> Request:
         return self.delivery.request
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens that an earlier attempt computed."""
+        request = self.request
+        return len(request.prefix_token_ids) if isinstance(request, GenerateRequest) else 0
 
     @property
     def is_running(self) -> bool:
@@ -119,6 +125,7 @@ class Telling:
             done.completion_tokens,
             timing,
             done.text,
+            done.cached_tokens,
         )
 
     def span(self, flight: InFlight, name: str, start: float, end: float) -> None:

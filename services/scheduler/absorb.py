@@ -20,8 +20,16 @@ from schemas.events import (
     WorkerDied,
 )
 from schemas.state import AgentStatus
-from services.scheduler import eviction
-from services.scheduler.inputs import AgentLost, Demand, DeploymentAdded, Input, QueueDepths
+from services.scheduler import changes, eviction
+from services.scheduler.inputs import (
+    AgentLost,
+    Demand,
+    DeploymentAdded,
+    DeploymentRemoved,
+    DeploymentsKnown,
+    Input,
+    QueueDepths,
+)
 from services.scheduler.lifecycle import COMPLETED, PENDING_STATES, CommandKind
 from services.scheduler.reconcile import absorb_status, fail, finish, retire_instance
 from services.scheduler.replica import Replica
@@ -54,7 +62,8 @@ def absorb(state: ClusterState, event: Input, now: float) -> None:
             if not agent.replicas:
                 for model in state.deployments:
                     agent.replica(model)
-            absorb_status(agent, event, state.config, now)
+            if absorb_status(agent, event, state.config, now):
+                changes.note_status(state, agent, event)
         case ModelRegistered():
             replica = _answered(state, event.gpu, event.model, event.generation, "register")
             if replica and replica.pending:
@@ -110,7 +119,11 @@ def absorb(state: ClusterState, event: Input, now: float) -> None:
             if stopped and stopped.instance == event.instance:
                 retire_instance(stopped, now)
         case DeploymentAdded():
-            _add_deployment(state, event)
+            changes.add(state, event.spec)
+        case DeploymentRemoved():
+            changes.remove(state, event.model, event.end_requests)
+        case DeploymentsKnown():
+            changes.know_all(state)
         case _:
             # Tick; AgentStarted, LeaderElected, VerificationFailed: nothing that a status or a
             # CommandFailed does not say better. SwapInCancelled: its SwapOutCompleted follows.
@@ -142,7 +155,14 @@ def _unload(state: ClusterState, event: ModelUnloaded, now: float) -> None:
     """
     agent = state.agents.get(event.gpu)
     replica = state.find_replica(event.gpu, event.model)
-    if agent is None or replica is None or replica.state != "host":
+    if agent is None or replica is None:
+        return
+    if replica.pending and replica.pending.kind == "unload":
+        if replica.floor <= event.generation <= replica.generation:
+            agent.host_used_bytes = max(0, agent.host_used_bytes - event.num_bytes)
+            _complete(replica, "unload", now)
+        return
+    if replica.state != "host":
         return
     if not replica.floor <= event.generation <= replica.generation:
         return
@@ -185,26 +205,7 @@ def _ended(state: ClusterState, event: RequestEnded, now: float) -> None:
         replica.last_used = now
         timing = event.timing
         tempo = state.tempo(event.model)
-        tempo.note(timing.prefill_s, timing.decode_s, event.completion_tokens - 1)
+        num_decoded = event.completion_tokens - event.prefix_tokens - 1
+        tempo.note(timing.prefill_s, timing.decode_s, num_decoded)
         if num >= state.config.crowd:  # another replica may be due, or not any more
             state.index.changed.turns[event.model] = None
-
-
-def _add_deployment(state: ClusterState, event: DeploymentAdded) -> None:
-    spec = event.spec
-    known = state.deployments.get(spec.name)
-    state.deployments[spec.name] = spec
-    state.with_ttl.pop(spec.name, None)
-    if spec.ttl_s and not spec.pinned:
-        state.with_ttl[spec.name] = spec.ttl_s
-    state.index.changed.views[spec.name] = None
-    state.index.changed.turns[spec.name] = None
-    if known is None:
-        for agent in state.agents.values():
-            agent.replica(spec.name)
-    if known is None or known == spec:
-        return
-    for agent in state.agents.values():
-        replica = agent.replicas.get(spec.name)
-        if replica and replica.state == "cold" and replica.is_settled:
-            replica.facts = None  # what was found under the old settings; look again

@@ -9,8 +9,9 @@ Every call takes three steps:
 
 1. *Absorb*: the news moves the belief (`services.scheduler.absorb`).
 2. *Keep house* (`services.scheduler.housekeeping`), unless the news was about a request: register
-   what agents do not know yet; on a `Tick` also give up silent agents, try failed replicas again,
-   and repeat what got no answer.
+   what agents do not know yet, have what must not be there leave (`services.scheduler.changes`), do
+   what operators ask for (`services.scheduler.asks`); on a `Tick` also give up silent agents, try
+   failed replicas again, and repeat what got no answer.
 3. *Serve*: call off what nobody waits for, then the models in line in turn
    (`services.scheduler.turns` orders them, `services.scheduler.policy` chooses), then preload and
    prefetch. Before that, models that move off a hot GPU go on (`services.scheduler.migration`).
@@ -24,10 +25,20 @@ A command moves the belief as it is written, so that no later choice counts its 
 
 from schemas.commands import Command
 from schemas.events import RequestEnded, RequestStarted, RequestWithdrawn
-from services.scheduler import eviction, housekeeping, migration, policy, reasons, turns, victims
+from services.scheduler import (
+    asks,
+    changes,
+    eviction,
+    housekeeping,
+    migration,
+    policy,
+    reasons,
+    turns,
+    victims,
+)
 from services.scheduler.absorb import absorb
 from services.scheduler.housekeeping import command
-from services.scheduler.inputs import Demand, Input, Tick
+from services.scheduler.inputs import Asked, Demand, Input, Tick
 from services.scheduler.replica import Agent, Replica
 from services.scheduler.state import ClusterState
 from services.scheduler.waiting import Plan
@@ -43,7 +54,10 @@ def decide(state: ClusterState, event: Input, now: float) -> list[Command]:
     if isinstance(event, _ABOUT_REQUESTS):
         commands = _call_off(state, list(state.index.of(event.model).arriving.values()), now)
         return commands + _serve(state, now, 0)
-    commands = housekeeping.keep_house(state, event, now)
+    commands = changes.tend(state, now)
+    if isinstance(event, Asked):
+        commands += asks.take(state, event.number, event.ask, now)
+    commands += housekeeping.keep_house(state, event, now)
     commands += _call_off(state, list(state.index.arriving.values()), now)
     is_tick = isinstance(event, Tick)
     commands += migration.go_on(state, now)

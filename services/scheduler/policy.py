@@ -26,6 +26,7 @@ from services.scheduler.victims import (
     idle_victims,
     image_bytes,
     is_kept,
+    is_quick,
     num_made_late,
     slack_victims,
 )
@@ -38,7 +39,6 @@ _PRESSURE_S = 0.5  # what a GPU whose memory is all in use costs a newcomer, in 
 _ROW_S = 0.001  # and each request that runs there
 _HURRY = 1.5  # who is due within so many times what its swap-in takes is in a hurry
 _HURRY_BACK = 3.0  # the same of suspended requests; until then they leave the link to others
-_CHEAP = 20.0  # swap-ins in a run quantum: where so many fit, coming back soon costs nothing
 _PATIENCE = 20.0  # swap-ins: where they are slow, who waits longest must wait longer
 _RETURN_S = 10.0  # a model that was idle for less is as likely as not wanted again soon
 
@@ -96,6 +96,7 @@ def can_host(agent: Agent, replica: Replica, now: float) -> bool:
     return (
         replica.facts is not None
         and (state == "cold" or (state == "host" and not host_memory.is_dropping(agent)))
+        and (not replica.is_stale or replica.is_suspended)  # what is suspended ends as it began
         and replica.is_settled
         and replica.footprint_bytes <= agent.budget_bytes
         and (replica.failure is None or replica.failure.retry_at <= now)
@@ -161,9 +162,9 @@ def candidates(state: ClusterState, turn: Turn) -> list[Agent]:
     usable = state.index.usable
     spec = state.deployments.get(turn.model)
     allowed = spec.gpus if spec else ()
-    if turn.gpu or allowed:
+    if turn.gpu or allowed:  # suspended ones go on where they are, whatever is allowed by now
         named = (turn.gpu,) if turn.gpu else allowed
-        return [usable[gpu] for gpu in named if gpu in usable and (not allowed or gpu in allowed)]
+        return [usable[gpu] for gpu in named if gpu in usable]
     if len(usable) <= MOST_GPUS:
         return list(usable.values())
     places = state.index.of(turn.model)
@@ -211,11 +212,15 @@ def weigh(
     4, 6 and 8 only while it is not being loaded anywhere, 6 and 8 only if it has no host image
     at all, and 4 and 6 only where host memory has room or images that may be dropped. Nothing
     is loaded where another waiting model's load still runs. Where nobody waits (another replica
-    of a model that is served, a pinned one) 1 to 3 only: it is not worth hurting anybody.
+    of a model that is served, a pinned one) 1 to 3 only: it is not worth hurting anybody. What an
+    operator asked for may be loaded besides, with nobody but idle ones making room.
     """
     places = state.index.of(turn.model)
     may_load = not any(r.agent.is_usable for r in places.loading.values())
     has_image = any(r.agent.is_usable for r in places.host.values())
+    if turn.is_asked and turn.gpu:  # nowhere else will do
+        may_load, has_image = turn.gpu not in places.loading, turn.gpu in places.host
+    is_loadable = may_load and (turn.is_asked or not turn.is_extra)
     overdue = is_overdue(state, turn, now)
     options: list[Option] = []
     for agent in candidates(state, turn):
@@ -252,7 +257,7 @@ def weigh(
                     rank, action = 7, "claim"
                 else:
                     continue
-        elif may_load and not turn.is_extra and not is_loading_for_waiters(state, agent):
+        elif is_loadable and not is_loading_for_waiters(state, agent):
             if has_image and victims is None:
                 continue
             shortage = host_memory.shortage(state, agent, replica)
@@ -261,11 +266,12 @@ def weigh(
             elif has_image:
                 continue
             else:
-                busy = busy_victims(state, agent, now) if overdue else []
-                last = host_memory.suspended_images(agent) if overdue else []
+                is_urgent = overdue and not turn.is_extra
+                busy = busy_victims(state, agent, now) if is_urgent else []
+                last = host_memory.suspended_images(agent) if is_urgent else []
                 shortage -= host_memory.leaving_bytes(agent)
                 victims = choose_victims([*idle, *busy, *last], shortage, image_bytes)
-                if victims is None and not overdue:
+                if victims is None and not is_urgent:
                     continue
                 rank, action = 8, "make_room"
         else:
@@ -296,7 +302,7 @@ def _preemptible(
     if config.preemption == "off":
         return []
     swap_s = newcomer.swap_in_s
-    if turn.request_id or _CHEAP * swap_s <= config.run_quantum_s:
+    if turn.request_id or is_quick(state, swap_s):
         has_time, hurry_s = waited_s < config.preempt_after_s, _HURRY * swap_s
     else:  # who is suspended has time until it is due: coming back sooner only moves bytes
         has_time, hurry_s = True, _HURRY_BACK * swap_s

@@ -42,7 +42,7 @@ from services.scheduler.lifecycle import (
 from services.scheduler.replica import Agent, Failure, Replica
 from services.scheduler.state import PolicyConfig
 
-COMMAND_ORDER: tuple[CommandKind, ...] = ("register", "load", "swap_in", "swap_out")
+COMMAND_ORDER: tuple[CommandKind, ...] = ("unload", "register", "load", "swap_in", "swap_out")
 
 
 def absorb_status(agent: Agent, status: AgentStatus, config: PolicyConfig, now: float) -> bool:
@@ -209,6 +209,10 @@ def finish(replica: Replica, kind: CommandKind, now: float) -> None:
         replica.last_used = now
     elif kind in ("load", "swap_out"):
         replica.host_since = now
+    elif kind == "unload":  # the agent has forgotten it
+        replica.facts = None
+        replica.in_flight = 0
+        replica.is_stale = False
     _forgive(replica, kind)
 
 
@@ -229,7 +233,8 @@ def fail(
         reason=reason or f"{kind} failed, and the agent gave no reason",
         num_failures=num_failures,
         retry_at=now + wait_s,
-        is_visible=kind != "swap_out",  # a replica that can not leave still serves
+        # A replica that can not leave still serves.
+        is_visible=kind not in ("swap_out", "unload"),
     )
 
 

@@ -34,7 +34,6 @@ from services.scheduler.lifecycle import (
     LEAVING_STATES,
     CommandKind,
     Lifecycle,
-    PathKind,
 )
 
 NUM_PAST_INSTANCES = 16
@@ -55,6 +54,7 @@ class Pending:
     preempt: bool = False  # of a swap-out
     is_unasked: bool = False  # a swap-in that nobody waits for: pinned, or one replica more,
     is_prefetch: bool = False  # or a guess
+    end_requests: str = ""  # of a swap-out or an unload: why its requests are ended
 
 
 @dataclass(slots=True)
@@ -89,6 +89,7 @@ class Replica:
         "generation",
         "gpu",
         "host_since",
+        "is_stale",
         "last_kind",
         "last_used",
         "life",
@@ -106,10 +107,13 @@ class Replica:
         self.agent = agent
         self.gpu = agent.gpu
         self.model = model
-        self.generation = 0  # of the last command; grows only
-        self.floor = 0  # a status or event below this generation is about the past
+        self.generation = agent.last_generation  # of the last command; grows only
+        self.floor = (
+            agent.last_generation
+        )  # a status or event below this generation is about the past
         self.footprint_bytes = 0  # device bytes while resident; 0: not registered
-        self.last_kind: PathKind | None = None  # what the state is the outcome of
+        self.last_kind: CommandKind | None = None  # what the state is the outcome of
+        self.is_stale = False  # registered with other settings than are wanted now
         self.may_stray = False  # a command to an instance that ended may yet reach the next one
         self.last_used = 0.0
         self.num_uses = 0  # requests since it came in
@@ -300,6 +304,7 @@ class Agent:
         self.host_used_bytes = 0  # as last reported
         self.image_bytes = 0  # of host memory that all images here take, loading ones included
         self.seen_at = 0.0
+        self.last_generation = 0  # of replicas that are forgotten
         self.link = Link()
         self.disk = Disk()
         self.replicas: dict[str, Replica] = {}
@@ -382,6 +387,12 @@ class Agent:
         keep(self.cold, model, replica, state == "cold" and replica.facts is not None)
         self.image_bytes += replica.image_bytes - replica.counted_image_bytes
         replica.counted_image_bytes = replica.image_bytes
+
+    def forget(self, replica: Replica) -> None:
+        """Nothing of ``replica`` is left: it is cold, and nobody knows what it needs."""
+        del self.replicas[replica.model]
+        self.last_generation = max(self.last_generation, replica.generation)
+        self.index.forget(replica)
 
     def replica(self, model: str) -> Replica:
         """The replica of ``model`` here, made cold and unregistered if there was none."""

@@ -24,7 +24,15 @@ from services.scheduler.index import Index
 from services.scheduler.replica import Agent, Replica
 from services.scheduler.shares import Shares
 from services.scheduler.turns import Line
-from services.scheduler.waiting import Holds, Move, Plan, Waiter, WaitingLine
+from services.scheduler.waiting import (
+    Holds,
+    Move,
+    Plan,
+    Verdict,
+    Waiter,
+    WaitingLine,
+    Wish,
+)
 
 MIB = 2**20
 NUM_GONE_REQUESTS = 4096
@@ -98,6 +106,12 @@ class ClusterState:
         self.tempos: dict[str, Tempo] = {}  # how fast models write
         self.shares = Shares()  # what tenants have used
         self.with_ttl: dict[str, float] = {}  # models that leave after so many idle seconds
+        self.knows_all = False  # all deployments that there are have been told
+        self.fingerprints: dict[str, str] = {}  # of what agents should have been told, by model
+        self.unwelcome: dict[str, None] = {}  # models that may have replicas which must leave
+        self.ending: dict[str, str] = {}  # removed models -> why their requests end at once
+        self.wishes: dict[str, Wish] = {}  # what operators want in, by model
+        self.verdicts: list[Verdict] = []  # on what operators asked, not told yet
         self.inflation = 0.0  # what the last victim was worth, where an eviction policy counts that
         # When a model is wanted next (model, now -> unix seconds): known to simulations only.
         self.next_use: Callable[[str, float], float] | None = None
@@ -141,7 +155,18 @@ class ClusterState:
     def is_pinned(self, model: str) -> bool:
         """Brought in unasked, and never swapped out for another model."""
         spec = self.deployments.get(model)
-        return spec is not None and spec.pinned
+        return spec is not None and spec.pinned and not spec.drained
+
+    def fingerprint(self, model: str) -> str:
+        """Of the settings that agents should have been told (`ModelSpec.fingerprint`)."""
+        if model not in self.fingerprints:
+            self.fingerprints[model] = self.deployments[model].fingerprint()
+        return self.fingerprints[model]
+
+    def min_residency_s(self, model: str) -> float:
+        """What just came in leaves for no other model before this."""
+        spec = self.deployments.get(model)
+        return spec.min_residency_s if spec else 0.0
 
     def group(self, model: str) -> str:
         """Of the models of one group one at most is on a GPU; empty: no group."""

@@ -36,7 +36,7 @@ from services.scheduler.replica import Replica
 
 if TYPE_CHECKING:
     from services.scheduler.state import ClusterState
-    from services.scheduler.waiting import Move
+    from services.scheduler.waiting import Move, Wish
 
 _Key: TypeAlias = tuple[float, float, str, str, str]
 _Level: TypeAlias = tuple[int, bool]  # -priority, is put back
@@ -58,6 +58,7 @@ class Turn(msgspec.Struct, frozen=True):
     # Nobody waits: a pinned model, another replica of one that is served, but too slowly, or one
     # that moves to ``gpu``.
     is_extra: bool = False
+    is_asked: bool = False  # of those, what an operator asked for: it may be loaded first
     # All who wait are of tenants beyond their share: how much longer than others they may.
     put_back_s: float = 0.0
 
@@ -188,10 +189,15 @@ def turns_of(state: "ClusterState", model: str) -> list[Turn]:
     if serving and not suspended:
         if move := state.moves.get(model):
             return [_moving(state, move)]
+        wish = state.wishes.get(model)
+        if wish and wish.gpu and wish.gpu not in places.device:
+            return [_wished(state, wish)]
         return [_extra(state, model)] if _is_too_slow(state, model) else []
     priority = state.priority(model)
     if waiters is None and not suspended:
         # Last of all in its priority: it hurts nobody.
+        if wish := state.wishes.get(model):
+            return [_wished(state, wish)]
         is_wanted = state.is_pinned(model) and places.host
         return [Turn(model, "", 0.0, "", math.inf, priority, is_extra=True)] if is_wanted else []
     first = waiters if not serving else None
@@ -235,7 +241,14 @@ def _extra(state: "ClusterState", model: str) -> Turn:
 def _moving(state: "ClusterState", move: "Move") -> Turn:
     """Last of all in its priority, and where it goes is settled."""
     priority = state.priority(move.model)
-    return Turn(move.model, move.gpu, move.at, "", math.inf, priority, is_extra=True)
+    is_asked = move.until > 0
+    who = (move.model, move.gpu, move.at, "")
+    return Turn(*who, math.inf, priority, is_extra=True, is_asked=is_asked)
+
+
+def _wished(state: "ClusterState", wish: "Wish") -> Turn:
+    who = (wish.model, wish.gpu, wish.at, "")
+    return Turn(*who, math.inf, state.priority(wish.model), is_extra=True, is_asked=True)
 
 
 def turn_at(state: "ClusterState", model: str, gpu: str) -> Turn | None:

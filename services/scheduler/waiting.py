@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from schemas.admin import AdminAnswer
 from schemas.names import RequestClass
 
 _Place: TypeAlias = tuple[float, float, float, str]  # (put back, due at, at, id)
@@ -109,6 +110,26 @@ class Move(msgspec.Struct, frozen=True):
     source: str
     gpu: str
     at: float
+    until: float = 0.0  # when an operator gives it up; 0: nobody asked for it
+
+
+class Wish(msgspec.Struct, frozen=True):
+    """An operator wants ``model`` in, since ``at``, until ``until`` (unix seconds).
+
+    ``gpu``: empty: any.
+    """
+
+    model: str
+    gpu: str
+    at: float
+    until: float
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """What became of the question ``number`` (`services.scheduler.inputs.Asked`)."""
+
+    number: int
+    answer: AdminAnswer
 
 
 class Holds:

@@ -12,7 +12,8 @@ from pathlib import Path
 import msgspec
 
 from services.ops.nats_server import free_port
-from services.settings import ApiSettings, Settings, dump
+from services.settings import ApiSettings, ModelSettings, Settings, dump
+from tests.conformance.willing_agent import BROKEN, CHAT, EMBEDS, HELD
 from tests.integration.nats_process import NatsServer
 
 START_S = 60.0
@@ -30,12 +31,15 @@ def running_api(folder: Path, api: ApiSettings = API) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         stack.callback(nats.stop)
         port = free_port(0)
+        models = {name: ModelSettings(source="/none") for name in (CHAT, EMBEDS, HELD, BROKEN)}
         config = folder / "hotswap.toml"
         api = msgspec.structs.replace(api, port=port)
-        config.write_text(dump(Settings(api=api, state_dir=str(folder / "state"))))
+        config.write_text(dump(Settings(api=api, models=models, state_dir=str(folder / "state"))))
         files = nats.plan.credential_files
         agent = (str(files["admin"]), str(api.max_queued_per_model))
         stack.enter_context(_process(folder, "tests.conformance.willing_agent", *agent))
+        scheduling = ("scheduler", "--config", str(config), "--creds", str(files["scheduler"]))
+        stack.enter_context(_process(folder, "services.cli", *scheduling))
         words = ("api", "--config", str(config), "--creds", str(files["api"]))
         stack.enter_context(_process(folder, "services.cli", *words))
         url = f"http://127.0.0.1:{port}"
@@ -49,11 +53,12 @@ def running_api(folder: Path, api: ApiSettings = API) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _process(folder: Path, module: str, *args: str) -> Iterator[None]:
-    with (folder / f"{module}.log").open("wb") as log:
+    log_file = folder / f"{module}.{args[0] if module == 'services.cli' else ''}.log"
+    with log_file.open("wb") as log:
         process = subprocess.Popen([sys.executable, "-m", module, *args], stdout=log, stderr=log)
     try:
         yield
-        assert process.poll() is None, f"{module} died: {(folder / f'{module}.log').read_text()}"
+        assert process.poll() is None, f"{module} died: {log_file.read_text()}"
     finally:
         process.terminate()
         try:
@@ -68,7 +73,7 @@ def _wait_ready(url: str) -> None:
     while time.monotonic() < give_up_at:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/v1/models") as answer:
             models = msgspec.json.decode(answer.read())["data"]
-            if sum(bool(one["hotswap"]["gpus"]) for one in models) == 2:
+            if [one["hotswap"]["status"] for one in models] == ["failed"] + ["ready"] * 3:
                 return
         time.sleep(0.05)
     raise TimeoutError(f"{url} was not ready within {START_S:g} s")

@@ -5,7 +5,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.conformance.fuzz import document, fuzz
+from tests.conformance.fuzz import METHODS, document, fuzz
 from tests.conformance.willing_agent import CHAT, EMBEDS
 
 POSTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
@@ -13,14 +13,14 @@ POSTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 
 def test_generated_requests(api_url: str, tmp_path: Path) -> None:
     """The same requests in every run."""
-    report = fuzz(api_url, tmp_path, examples=10, seed=1, deterministic=True)
+    report = fuzz(api_url, tmp_path, examples=5, seed=1, deterministic=True)
     assert not report.problems, "\n".join(report.problems)
     assert report.server_errors == 0
     assert report.cases > 1000
     operations = {
         f"{method.upper()} {path}"
         for path, item in document(api_url)["paths"].items()
-        for method in item
+        for method in item.keys() & METHODS
     }
     untouched = [name for name in operations if report.operations[name].cases == 0]
     assert not untouched

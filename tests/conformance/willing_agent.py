@@ -2,8 +2,7 @@
 
     python -m tests.conformance.willing_agent CREDS MAX_QUEUED
 
-It is also the scheduler: it keeps four deployments and the leader's lease in place, whatever the
-requests of a test did to them.
+The scheduler that it speaks to is a real one, and its configuration has these deployments:
 
     CHAT     generates: up to ANSWER, token by token, with log probabilities where asked
     EMBEDS   makes vectors
@@ -18,11 +17,12 @@ from pathlib import Path
 import msgspec
 
 from schemas import names
+from schemas.events import LeaderElected
 from schemas.requests import EmbedRequest, GenerateRequest
-from schemas.state import DeploymentRecord, LeaseRecord, ModelSpec
+from schemas.state import AgentStatus, ReplicaStatus
 from schemas.stream import TokenLogprob, TokenLogprobs
-from services.bus import Bucket, Bus, BusOptions, Delivery, declare
-from tests.integration.scripted_agent import FACTS, GPU, ScriptedAgent, ScriptedScheduler
+from services.bus import Bus, BusOptions, Delivery, declare
+from tests.integration.scripted_agent import FACTS, GPU, ScriptedAgent
 
 CHAT = "willing/chat"
 EMBEDS = "willing/embeds"
@@ -32,22 +32,32 @@ ANSWER = ("Good", " morning", ",", " \N{SUN}", "!")
 DIMENSIONS = 4
 EMBED_FACTS = msgspec.structs.replace(FACTS, runner="embed", dimensions=DIMENSIONS, kv_bytes=0)
 ROOM = 256
-RENEW_S = 0.25
+HEARTBEAT_S = 1.0
 
 
-async def _keep_in_place(bus: Bus) -> None:
-    scheduler = ScriptedScheduler(bus)
-    leases = Bucket(bus, names.BUCKET_LEASES, LeaseRecord)
-    deployments = Bucket(bus, names.BUCKET_MODELS, DeploymentRecord)
-    broken = DeploymentRecord(ModelSpec(BROKEN, "/none"), "failed", reason="it has no weights")
+def _status() -> AgentStatus:
+    """What it holds. It obeys no command: this stays so."""
+    replicas = (
+        ReplicaStatus(CHAT, "resident", 1, facts=FACTS),
+        ReplicaStatus(EMBEDS, "resident", 1, facts=EMBED_FACTS),
+        ReplicaStatus(HELD, "resident", 1, facts=FACTS),
+        ReplicaStatus(BROKEN, "failed", 1, reason="it has no weights"),
+    )
+    budget = 1 << 20
+    used = 3 * (FACTS.weight_bytes + FACTS.kv_bytes)
+    return AgentStatus(GPU, "i1", 1, "cpu", "willing", budget, used, FACTS.weight_bytes, replicas)
+
+
+async def _tell(bus: Bus) -> None:
+    """Heartbeats, and an answer to every new leader."""
+
+    async def now(_: object = None) -> None:
+        await bus.publish(names.status_subject(GPU), _status())
+
+    await bus.subscribe(names.events_subject("leader_elected"), LeaderElected, now)
     while True:
-        await scheduler.lead()
-        await leases.put(names.agent_lease_key(GPU), LeaseRecord(holder="test"))
-        for model in (CHAT, HELD):
-            await scheduler.deploy(model)
-        await scheduler.deploy(EMBEDS, EMBED_FACTS)
-        await deployments.put(names.escape(BROKEN), broken)
-        await asyncio.sleep(RENEW_S)
+        await now()
+        await asyncio.sleep(HEARTBEAT_S)
 
 
 def _logprobs(request: GenerateRequest, num_tokens: int) -> list[TokenLogprobs]:
@@ -86,16 +96,17 @@ async def main(options: BusOptions, max_queued: int) -> None:
     await declare(bus, max_queued)
     agent = ScriptedAgent(bus)
     await agent.start()
-    keeping = asyncio.create_task(_keep_in_place(bus))
-    for model in (CHAT, EMBEDS):
+    telling = asyncio.create_task(_tell(bus))
+    for model in (CHAT, EMBEDS, HELD):
         await agent.hold(model)
-        await agent.pull(model, ROOM)
+        if model != HELD:
+            await agent.pull(model, ROOM)
     print("ready", flush=True)
-    while not keeping.done():
+    while not telling.done():
         delivery = await agent.deliveries.get()
         await _answer(agent, delivery)
         await agent.pullers[delivery.request.model].want(ROOM)
-    keeping.result()
+    telling.result()
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+import msgspec
 import pytest
 
 from schemas import names
@@ -18,8 +19,9 @@ from schemas.commands import Command, Load, Register, SwapIn, SwapOut
 from schemas.events import Event, ModelLoaded, ModelRegistered, RequestEnded, SwapInCompleted
 from schemas.requests import CancelRequest, GenerateRequest, SamplingParams, TextPrompt
 from schemas.state import AgentStatus, ModelSpec, Preemption, ResidencyRecord
-from schemas.stream import Chunk, Failed, Finished
+from schemas.stream import Chunk, Failed, Finished, ResumeFrom, Resuming, Tokens
 from services.bus import Bucket, Bus, Message, WorkQueue, declare
+from services.bus.connection import RawMessage
 from services.gpu_agent import worker_link
 from services.gpu_agent.control import AgentControl
 from services.settings import GpuSettings
@@ -188,27 +190,46 @@ class Agent:
         left_s: float = 60.0,
         listen: bool = True,
         tenant: str = "",
+        answers: bool = True,
+        verdict: Literal["run", "cancel", "drop"] = "run",
+        attempts_before: int = 0,
     ) -> Log:
-        """Queue a request; its chunks appear in the log."""
+        """Queue a request; its chunks appear in the log. ``answers``: with ``verdict``, when an
+        agent asks what is known of it.
+        """
         api = self._buses["api"]
         reply_to = f"{api.inbox}.r.{name}"
         chunks = Log()
 
-        async def on_chunk(message: Message[Chunk]) -> None:
-            await chunks.add(message.body)
+        async def on_chunk(raw: RawMessage) -> None:
+            chunk: Any = msgspec.json.decode(raw.data, type=Chunk)
+            if isinstance(chunk, Resuming) and answers:
+                known = {i: token for one in chunks.all(Tokens) for i, token in _numbered(one)}
+                known_ids = tuple(known[i] for i in sorted(known))
+                await api.publish(raw.reply, ResumeFrom(name, verdict, known_ids))
+            await chunks.add(chunk)
 
         if listen:
-            await api.subscribe(reply_to, Chunk, on_chunk)
+            await api.subscribe_raw(reply_to, on_chunk)
         now = time.time()
         what = (TextPrompt(text), SamplingParams(seed=1))
         request = GenerateRequest(
-            name, model, "interactive", *what, reply_to, now, now + left_s, tenant
+            name,
+            model,
+            "interactive",
+            *what,
+            reply_to,
+            now,
+            now + left_s,
+            tenant,
+            attempts_before=attempts_before,
         )
         await self.queue.enqueue(request)
         return chunks
 
-    async def cancel(self, name: str, model: str = "m") -> None:
-        await self._buses["api"].publish(names.cancel_subject(model), CancelRequest(name, model))
+    async def cancel(self, name: str, model: str = "m", gpu: str = "") -> None:
+        cancel = CancelRequest(name, model, gpu)
+        await self._buses["api"].publish(names.cancel_subject(model), cancel)
 
     def release(self) -> None:
         """Let the requests that hold go on."""
@@ -228,6 +249,10 @@ class Agent:
             return not (await queue.depths())[0]
 
         await eventually(is_empty, "an empty queue")
+
+
+def _numbered(chunk: Tokens) -> list[tuple[int, int]]:
+    return list(enumerate(chunk.token_ids, chunk.index))
 
 
 def ends(chunks: Log) -> list[Finished | Failed]:

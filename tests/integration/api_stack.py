@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
+import msgspec
 import openai
 
 from services.api import service
@@ -15,6 +16,7 @@ from services.ops.nats_server import free_port
 from services.settings import ApiSettings, Settings
 from tests.integration.nats_process import NatsServer
 from tests.integration.scripted_agent import ScriptedAgent, ScriptedScheduler, Withdrawals
+from tests.integration.tcp_proxy import TcpProxy
 
 MODEL = "Qwen/Qwen2.5-7B"
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
@@ -34,6 +36,7 @@ class Stack:
         self.agent: ScriptedAgent
         self.scheduler: ScriptedScheduler
         self.queue: WorkQueue
+        self.proxy = TcpProxy(nats.credentials["api"].url)
 
     async def ask(self, **more: Any) -> httpx.Response:
         return await self.http.post("/v1/chat/completions", json=CHAT | more)
@@ -48,6 +51,15 @@ class Stack:
                         return
                 await asyncio.sleep(0.02)
 
+    @contextlib.asynccontextmanager
+    async def api_cut_off(self) -> AsyncIterator[None]:
+        """The api has no connection to the server for a while; all others have."""
+        await self.proxy.cut()
+        await self.until(lambda got: got[0] == 503)
+        yield
+        await self.proxy.start()
+        await self.until(lambda got: got[0] == 200)
+
     async def queue_holds(self, num_requests: int) -> None:
         """Wait until that many requests are queued or in flight."""
         async with asyncio.timeout(10):
@@ -59,13 +71,16 @@ class Stack:
 
 
 @contextlib.asynccontextmanager
-async def running_stack(nats: NatsServer, timeout_s: float) -> AsyncIterator[Stack]:
+async def running_stack(
+    nats: NatsServer, timeout_s: float, progress_after_s: float = 0.0
+) -> AsyncIterator[Stack]:
     port = free_port(0)
     api = ApiSettings(
         port=port,
         request_timeout_s=timeout_s,
         max_queued_per_model=MAX_QUEUED,
         max_body_bytes=100_000,
+        progress_after_s=progress_after_s,
     )
     stack = Stack(nats, f"http://127.0.0.1:{port}")
     buses = {
@@ -77,9 +92,9 @@ async def running_stack(nats: NatsServer, timeout_s: float) -> AsyncIterator[Sta
     await stack.withdrawals.start(buses["admin"])
     stack.scheduler = ScriptedScheduler(buses["scheduler"])
     stack.agent = ScriptedAgent(buses["agent"])
-    stack.running = asyncio.create_task(
-        service.run(Settings(api=api), nats.credentials["api"], stop=stack.stop)
-    )
+    await stack.proxy.start()
+    options = msgspec.structs.replace(nats.credentials["api"], url=stack.proxy.url)
+    stack.running = asyncio.create_task(service.run(Settings(api=api), options, stop=stack.stop))
     await stack.until(lambda got: got[0] == 503)
     await stack.scheduler.lead()
     await stack.agent.start()
@@ -94,6 +109,7 @@ async def running_stack(nats: NatsServer, timeout_s: float) -> AsyncIterator[Sta
         await stack.http.aclose()
         await stack.openai.close()
         await asyncio.wait_for(stack.running, 20)
+        await stack.proxy.cut()
         stack.agent.stop()
         for bus in buses.values():
             await bus.close()

@@ -12,10 +12,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant
 
 from schemas.commands import Command
 from schemas.events import DecisionMade, RequestEnded, RequestStarted
+from schemas.state import ModelSpec
 from schemas.stream import RequestTiming
 from services.scheduler.decide import decide
-from services.scheduler.inputs import Entry, Input, QueueDepths, Tick
+from services.scheduler.inputs import DeploymentAdded, Entry, Input, QueueDepths, Tick
 from services.scheduler.state import ClusterState, PolicyConfig
+from services.scheduler.waiting import Verdict
 from tests.unit.decide_agents import FakeAgent
 
 CONFIG = PolicyConfig(
@@ -46,11 +48,13 @@ class Cluster(RuleBasedStateMachine):
         self.agents = {gpu: FakeAgent(gpu, size, HOST_BUDGETS[gpu]) for gpu, size in GPUS.items()}
         self.queue: dict[str, str] = {}  # request id -> model, until it ends
         self.num_requests = 0
+        self.specs: dict[str, ModelSpec] = {}  # as they were deployed last
         self.tenants: dict[str, str] = {}  # request id -> who it is for
         self.steps_left: dict[str, int] = {}  # of long answers, in quiet steps
         self.log: list[Entry] = []
         self.commands: list[Command] = []
         self.decisions: list[DecisionMade] = []
+        self.verdicts: list[Verdict] = []
         self.generations: dict[tuple[str, str], int] = {}
 
     def tell(self, event: Input) -> None:
@@ -63,7 +67,21 @@ class Cluster(RuleBasedStateMachine):
             self.commands.append(command)
             self.agents[command.gpu].inbox.append(command)
         self.decisions += self.state.decisions.take()
+        self.verdicts += self.state.verdicts
+        self.state.verdicts.clear()
         self.state.validate()
+
+    def deploy(self, spec: ModelSpec) -> None:
+        self.specs[spec.name] = spec
+        self.tell(DeploymentAdded(spec))
+
+    def settle(self, agent: FakeAgent) -> None:
+        """Requests that ``agent`` has ended because it was told to."""
+        for request_id in agent.ended:
+            if model := self.queue.pop(request_id, None):
+                who = (agent.gpu, model, request_id, self.now)
+                agent.events.append(RequestEnded(*who, "failed", 1, 1, RequestTiming()))
+        agent.ended.clear()
 
     @property
     def running(self) -> set[str]:
@@ -116,6 +134,7 @@ class Cluster(RuleBasedStateMachine):
         for agent in self.agents.values():
             while agent.inbox:
                 agent.accept(self.now)
+            self.settle(agent)
             for model in agent.replicas:
                 self.end_request(agent, model, may_cancel=False)
                 agent.advance(model, self.now)
@@ -133,6 +152,8 @@ class Cluster(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not self.log:
             return  # hypothesis checks the class itself once
+        for spec in self.specs.values():  # what was removed comes back
+            self.tell(DeploymentAdded(spec))
         give_up_at = self.now + PATIENCE_S
         while (self.queue or self.state.waiting) and self.now < give_up_at:
             self.quiet_step()
@@ -146,6 +167,11 @@ class Cluster(RuleBasedStateMachine):
         """Nobody waits: after retries and preloads there is nothing left to command."""
         for _ in range(int(REST_S / QUIET_STEP_S)):
             self.quiet_step()
+        assert not self.state.unwelcome, self.story()
+        for agent in self.agents.values():
+            for model, replica in agent.replicas.items():
+                if replica.facts:
+                    assert replica.settings == self.specs[model].fingerprint(), self.story()
         num_commands, num_decisions = len(self.commands), len(self.decisions)
         for _ in range(int(REST_S / QUIET_STEP_S)):
             self.quiet_step()
@@ -164,9 +190,13 @@ class Cluster(RuleBasedStateMachine):
         log = msgspec.json.decode(msgspec.json.encode(self.log), type=list[Entry])
         state = ClusterState(epoch=7, config=self.state.config)
         again: list[Command] = []
+        verdicts: list[Verdict] = []
         decisions: list[DecisionMade] = []
         for entry in log:
             again += decide(state, entry.event, entry.now)
             decisions += state.decisions.take()
+            verdicts += state.verdicts
+            state.verdicts.clear()
+        assert verdicts == self.verdicts
         assert again == self.commands
         assert decisions == self.decisions

@@ -20,7 +20,7 @@ import msgspec
 import pytest
 
 import schemas
-from schemas import commands, decisions, events, requests, state, stream
+from schemas import admin, commands, decisions, events, requests, state, stream
 
 GOLDEN = Path(__file__).parent / "golden" / "messages.jsonl"
 
@@ -43,6 +43,11 @@ SPEC = state.ModelSpec(
     token_target_s=0.0625,
     exclusive_group="large",
     ttl_s=600.5,
+    min_residency_s=5.5,
+    drained=True,
+    aliases=("gpt-4o",),
+    defaults={"temperature": 0.5},
+    overrides={"seed": None, "stop": ["\n"]},
 )
 FACTS = state.ModelFacts(
     architecture="LlamaForCausalLM",
@@ -81,6 +86,7 @@ REPLICA = state.ReplicaStatus(
     facts=FACTS,
     reason="checksum",
     cached_bytes=4_194_304,
+    settings="246270781ae129ef",
 )
 SAMPLING = requests.SamplingParams(
     seed=42,
@@ -116,6 +122,8 @@ def _generate(prompt: requests.Prompt) -> requests.GenerateRequest:
         created_at=AT,
         deadline_at=AT + 60,
         tenant=TENANT,
+        prefix_token_ids=(11, 12),
+        attempts_before=1,
     )
 
 
@@ -124,10 +132,10 @@ _EVENT: dict[str, Any] = {"gpu": "gpu0", "model": "m", "generation": 3, "at": AT
 _CHUNK: dict[str, Any] = {"request_id": "req-1", "attempt": 2}
 
 EXAMPLES: tuple[msgspec.Struct, ...] = (
-    commands.Register(**_COMMAND, spec=SPEC),
+    commands.Register(**_COMMAND, spec=SPEC, settings="246270781ae129ef"),
     commands.Load(**_COMMAND, request_id="req-1"),
     commands.SwapIn(**_COMMAND, request_id="req-1", waiting_since=AT - 1, decided_at=AT - 0.75),
-    commands.SwapOut(**_COMMAND, request_id="req-1", preempt=True),
+    commands.SwapOut(**_COMMAND, request_id="req-1", preempt=True, end_requests="removed"),
     events.AgentStarted(
         gpu="gpu0",
         instance="i1",
@@ -176,6 +184,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         timing=TIMING,
         error="engine_failed",
         tenant=TENANT,
+        prefix_tokens=11,
     ),
     events.RequestWithdrawn(model="m", request_id="req-1", at=AT, reason="client_left"),
     events.LeaderElected(holder="scheduler-1", epoch=5, at=AT),
@@ -193,7 +202,15 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         host_used_bytes=247_463_936,
     ),
     state.DeploymentRecord(
-        spec=SPEC, status="failed", reason="no config.json", facts=FACTS, created_at=1767225600
+        spec=SPEC,
+        status="failed",
+        reason="no config.json",
+        facts=FACTS,
+        created_at=1767225600,
+        revision=42,
+        origin="api",
+        updated_at=AT,
+        updated_by="key 2c70e12b7a0646f9",
     ),
     state.PlacementRecord(gpu="gpu0", model="m", desired="resident", generation=3, epoch=5),
     state.ResidencyRecord(
@@ -217,8 +234,9 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         deadline_at=AT + 60,
         dimensions=256,
         tenant=TENANT,
+        attempts_before=1,
     ),
-    requests.CancelRequest(request_id="req-1", model="m"),
+    requests.CancelRequest(request_id="req-1", model="m", gpu="gpu0"),
     requests.VerifyRequest(model="m"),
     events.DeploymentFailed(model="m", at=1.5, reason="needs 9 MiB of device memory"),
     stream.Started(**_CHUNK, gpu="gpu0", start="switch", swap=TRACE),
@@ -233,6 +251,8 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         text="…",
     ),
     stream.Failed(**_CHUNK, code="engine_failed", message="the engine worker died"),
+    stream.Resuming(**_CHUNK, gpu="gpu0"),
+    stream.ResumeFrom(request_id="req-1", verdict="run", token_ids=(11, 12)),
     events.DecisionMade(
         model="m",
         gpu="gpu0",
@@ -263,6 +283,29 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     state.PredictedWait(
         model="m", at=AT, wait_s=0.5, num_waiters=3, num_suspended=2, since=AT - 1, place=1
     ),
+    commands.Unload(**_COMMAND, end_requests="removed"),
+    events.DeploymentChanged(
+        model="m",
+        at=AT,
+        action="move",
+        who="key 2c70e12b7a0646f9",
+        detail="gpu0 -> gpu1",
+        revision=7,
+    ),
+    state.DesiredDeployment(
+        spec=SPEC,
+        declared=SPEC,
+        removed=True,
+        created_at=1767225600,
+        updated_at=AT,
+        updated_by="hotswap.toml",
+    ),
+    admin.PutDeployment(spec=SPEC, who="http", if_match=(42, 43), must_be_new=True),
+    admin.DeleteDeployment(model="m", who="http", if_match=(42,), drain=False),
+    admin.SwapInDeployment(model="m", until=AT, who="http", gpu="gpu0"),
+    admin.SwapOutDeployment(model="m", who="http", gpu="gpu0"),
+    admin.MoveDeployment(model="m", source="gpu0", gpu="gpu1", until=AT, who="http"),
+    admin.AdminAnswer(outcome="conflict", reason="no room", revision=42, created=True),
 )
 
 

@@ -5,6 +5,7 @@ import time
 import pytest
 
 from schemas import names
+from schemas.admin import AdminAnswer, SwapOutDeployment
 from schemas.commands import Command, SwapIn
 from schemas.events import DecisionMade, Event, LeaderElected, RequestWithdrawn, kind_of
 from schemas.requests import CancelRequest
@@ -22,10 +23,12 @@ from services.bus import (
     Bucket,
     Delivery,
     Lease,
+    NoResponder,
     Puller,
     WorkQueue,
     declare,
 )
+from services.bus.connection import RawMessage
 from tests.integration.bus.kit import MODEL, Box, Parties, errors, request, tap
 
 CHUNK = Tokens("r1", 1, 0, (7,), "x")
@@ -35,6 +38,7 @@ COMMAND = SwapIn("g0", MODEL, epoch=1, generation=1)
 FORBIDDEN_TO_PUBLISH = [
     ("api", names.command_subject("g0")),
     ("api", "$KV.HS_MODELS.x"),
+    ("api", "$KV.HS_DEPLOYMENTS.x"),
     ("api", "$KV.HS_LEASES.scheduler.leader"),
     ("api", "_INBOX_agent.x"),
     ("api", "$JS.API.STREAM.DELETE.HS_REQUESTS"),
@@ -48,6 +52,8 @@ FORBIDDEN_TO_PUBLISH = [
     ("scheduler", "$KV.HS_RESIDENCY.x"),
     ("agent", names.command_subject("g0")),
     ("agent", "$KV.HS_MODELS.x"),
+    ("agent", "$KV.HS_DEPLOYMENTS.x"),
+    ("agent", names.admin_subject("delete", MODEL)),
     ("agent", "$KV.HS_LEASES.scheduler.leader"),
     ("agent", names.event_subject("leader_elected")),
     ("agent", names.event_subject("decision_made", "g0", MODEL)),
@@ -62,6 +68,8 @@ FORBIDDEN_TO_SUBSCRIBE = [
     ("api", "_INBOX_agent.>"),
     ("agent", "_INBOX_api.>"),
     ("agent", "hs.v1.requests.>"),
+    ("agent", "hs.v1.admin.>"),
+    ("api", "hs.v1.admin.>"),
 ]
 
 
@@ -175,3 +183,24 @@ async def test_every_service_can_do_what_it_needs(
     for bus in (api, scheduler, agent):
         await bus.flush()
     assert not errors(caplog)
+
+
+async def test_the_scheduler_answers_whoever_asks_and_nobody_else(
+    party: Parties, caplog: pytest.LogCaptureFixture
+) -> None:
+    api, scheduler = await party("api"), await party("scheduler")
+    subject = names.admin_subject("swap_out", MODEL)
+    with pytest.raises(NoResponder, match="nobody answers"):
+        await api.request(subject, SwapOutDeployment(MODEL), AdminAnswer)
+
+    async def answer(raw: RawMessage) -> None:
+        await scheduler.publish(raw.reply, AdminAnswer("done", "as asked"))
+
+    await scheduler.subscribe_raw(names.admin_subject(), answer)
+    await scheduler.flush()
+    told = await api.request(subject, SwapOutDeployment(MODEL), AdminAnswer)
+    assert told == AdminAnswer("done", "as asked")
+    assert not errors(caplog)
+    await scheduler.publish(f"{api.inbox}.r.x", CHUNK)
+    await scheduler.flush()
+    assert "permissions violation" in errors(caplog)[0]
