@@ -20,6 +20,7 @@ class Register(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.register"):
     epoch: int
     generation: int
     spec: ModelSpec
+    settings: str = ""  # fingerprint of ``spec``, to be told in statuses
 
 
 class Load(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.load"):
@@ -61,6 +62,21 @@ class SwapOut(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.swap_out"):
     generation: int
     request_id: str = ""
     preempt: bool = False  # suspend its requests at their next token, rather than wait for them
+    end_requests: str = ""  # why its requests are ended at once, with an error; empty: they are not
 
 
-Command: TypeAlias = Register | Load | SwapIn | SwapOut
+class Unload(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.unload"):
+    """Drop the host image and forget the model, which is not on the device.
+
+    Answered by ModelUnloaded. Requests that are suspended go back to the queue, or end with
+    ``end_requests`` as their error.
+    """
+
+    gpu: str
+    model: str
+    epoch: int
+    generation: int
+    end_requests: str = ""
+
+
+Command: TypeAlias = Register | Load | SwapIn | SwapOut | Unload

@@ -8,8 +8,11 @@ from typing import Literal, TypeAlias, get_args
 import msgspec
 
 from schemas.decisions import Candidate, DecisionAction, Urgency, Victim
+from schemas.names import RequestClass
 from schemas.state import ModelFacts, SwapTrace
 from schemas.stream import ErrorCode, RequestTiming
+
+ChangeAction: TypeAlias = Literal["created", "updated", "deleted", "swap_in", "swap_out", "move"]
 
 
 class AgentStarted(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.agent_started"):
@@ -53,7 +56,9 @@ class ModelLoaded(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.model_loade
 
 
 class ModelUnloaded(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.model_unloaded"):
-    """Its host image made room for another model's; the next use loads it again."""
+    """Its host image made room for another model's, and the next use loads it again; or that was
+    commanded.
+    """
 
     gpu: str
     model: str
@@ -148,7 +153,7 @@ class CommandFailed(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.command_f
     model: str
     generation: int
     at: float
-    command: Literal["register", "load", "swap_in", "swap_out"]
+    command: Literal["register", "load", "swap_in", "swap_out", "unload"]
     reason: str
 
 
@@ -159,7 +164,7 @@ class CommandRejected(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.command
     model: str
     generation: int
     at: float
-    command: Literal["register", "load", "swap_in", "swap_out"]
+    command: Literal["register", "load", "swap_in", "swap_out", "unload"]
     reason: str
 
 
@@ -171,6 +176,7 @@ class RequestStarted(msgspec.Struct, frozen=True, tag="hotswap.request.v1.starte
     attempt: int
     queue_wait_s: float
     tenant: str = ""
+    klass: RequestClass = "interactive"
 
 
 class RequestEnded(msgspec.Struct, frozen=True, tag="hotswap.request.v1.ended"):
@@ -186,6 +192,8 @@ class RequestEnded(msgspec.Struct, frozen=True, tag="hotswap.request.v1.ended"):
     timing: RequestTiming
     error: ErrorCode | None = None
     tenant: str = ""
+    prefix_tokens: int = 0  # of completion_tokens, those that an earlier attempt computed
+    klass: RequestClass = "interactive"
 
 
 class RequestWithdrawn(msgspec.Struct, frozen=True, tag="hotswap.request.v1.withdrawn"):
@@ -210,6 +218,17 @@ class DeploymentFailed(msgspec.Struct, frozen=True, tag="hotswap.scheduler.v1.de
     model: str
     at: float
     reason: str
+
+
+class DeploymentChanged(msgspec.Struct, frozen=True, tag="hotswap.scheduler.v1.deployment_changed"):
+    """Somebody changed what is deployed, or told a model to move: for the records."""
+
+    model: str
+    at: float
+    action: ChangeAction
+    who: str  # as the api was told; "hotswap.toml" where that file was changed
+    detail: str = ""
+    revision: int = 0  # 0: nothing was written
 
 
 class DecisionMade(msgspec.Struct, frozen=True, tag="hotswap.scheduler.v1.decision_made"):
@@ -256,7 +275,7 @@ AgentEvent: TypeAlias = (
     | RequestStarted
     | RequestEnded
 )
-SchedulerEvent: TypeAlias = LeaderElected | DeploymentFailed | DecisionMade
+SchedulerEvent: TypeAlias = LeaderElected | DeploymentFailed | DecisionMade | DeploymentChanged
 Event: TypeAlias = AgentEvent | RequestWithdrawn | SchedulerEvent
 
 

@@ -3,7 +3,7 @@
 The request carries its own reply subject: tokens come back there over core NATS, while
 the queue's acknowledgement stays between the agent and JetStream.
 
-``tenant``: who it is for, as a hash of the client's API key; "" where it gave none. The key itself
+``tenant``: who it is for, as the id of the client's API key; "" where it gave none. The key itself
 never leaves the api.
 """
 
@@ -110,6 +110,11 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag="hotswap.request.v1.gener
     created_at: float  # unix seconds, when the api admitted it
     deadline_at: float  # unix seconds; after this nobody waits for the answer
     tenant: str = ""
+    # The first tokens of the answer, where an earlier run gave them: the rest is wanted.
+    prefix_token_ids: tuple[int, ...] = ()
+    # Deliveries of the same request before this message was queued, where the queue itself was lost
+    # and counts from 1 again. Who gets it asks the api first, as for every further delivery.
+    attempts_before: int = 0
 
 
 class EmbedRequest(msgspec.Struct, frozen=True, tag="hotswap.request.v1.embed"):
@@ -127,6 +132,7 @@ class EmbedRequest(msgspec.Struct, frozen=True, tag="hotswap.request.v1.embed"):
     deadline_at: float  # unix seconds; after this nobody waits for the answer
     dimensions: int | None = None  # None: all; fewer are the first ones, normalised again
     tenant: str = ""
+    attempts_before: int = 0  # as in GenerateRequest
 
 
 Request: TypeAlias = GenerateRequest | EmbedRequest
@@ -142,5 +148,10 @@ class VerifyRequest(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.verify"):
 
 
 class CancelRequest(msgspec.Struct, frozen=True, tag="hotswap.request.v1.cancel"):
+    """``gpu``: the request goes on elsewhere, and only this GPU's agent is to forget it, without
+    ending it; "" cancels it wherever it is.
+    """
+
     request_id: str
     model: str
+    gpu: str = ""

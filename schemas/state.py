@@ -1,6 +1,7 @@
 """State records: heartbeats, KV entries, and the value types they share with events."""
 
-from typing import Literal, TypeAlias
+import hashlib
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -36,6 +37,35 @@ class ModelSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     token_target_s: float | None = None  # time per output token aimed at; None: [scheduler]'s
     exclusive_group: str = ""  # of the models that name the same, one at most is on a GPU at a time
     ttl_s: float = 0.0  # swapped out after so many idle seconds; 0: stays until room is needed
+    min_residency_s: float = 0.0  # what just came in leaves for no other model before this
+    drained: bool = False  # takes no new requests, and leaves when those it has have ended
+    aliases: tuple[str, ...] = ()  # other names that clients may call it by
+    # Fields of request bodies: where the client leaves them out, and whatever it says.
+    defaults: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}  # a null takes the field out
+
+    def for_agents(self) -> "ModelSpec":
+        """What an agent has to know: other settings change while a model is in memory.
+
+        Whether its requests may be interrupted is up to the scheduler; an agent needs to know only
+        how.
+        """
+        return ModelSpec(
+            name=self.name,
+            source=self.source,
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            max_batch=self.max_batch,
+            kv_tokens=self.kv_tokens,
+            trust_remote_code=self.trust_remote_code,
+            runner=self.runner,
+            preemption="recompute" if self.preemption == "recompute" else "preserve",
+            prefix_caching=self.prefix_caching,
+        )
+
+    def fingerprint(self) -> str:
+        """Of `for_agents`: other settings there need the model to be registered anew."""
+        return hashlib.sha256(msgspec.json.encode(self.for_agents())).hexdigest()[:16]
 
 
 class ModelFacts(msgspec.Struct, frozen=True):
@@ -124,6 +154,8 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
     facts: ModelFacts | None = None  # None until registered
     reason: str = ""  # why it failed
     cached_bytes: int = 0  # of its weights, still on the device though swapped out
+    settings: str = ""  # fingerprint of what it was registered with; empty: not told
+    batch_in_flight: int = 0  # of in_flight: those of class batch
 
 
 class AgentStatus(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.status"):
@@ -155,14 +187,42 @@ class PredictedWait(msgspec.Struct, frozen=True, tag="hotswap.scheduler.v1.predi
     place: int  # in line, from 1; 0: it is on its way in
 
 
+Origin: TypeAlias = Literal["file", "api"]
+
+
+class DesiredDeployment(
+    msgspec.Struct, frozen=True, tag="hotswap.state.v1.desired_deployment", omit_defaults=True
+):
+    """HS_DEPLOYMENTS/<model>: what is wanted, written by the leading scheduler only.
+
+    The entry's revision is the version that changes name to be safe from each other.
+    """
+
+    spec: ModelSpec
+    # What hotswap.toml said when it was last taken over; None: made through the admin API.
+    declared: ModelSpec | None = None
+    removed: bool = False  # through the admin API, though hotswap.toml still names it
+    created_at: int = 0  # unix seconds
+    updated_at: float = 0.0
+    updated_by: str = ""
+
+    @property
+    def origin(self) -> Origin:
+        return "api" if self.declared is None else "file"
+
+
 class DeploymentRecord(msgspec.Struct, frozen=True, tag="hotswap.state.v1.deployment"):
-    """HS_MODELS/<model>, written by the scheduler only."""
+    """HS_MODELS/<model>: what is wanted and what came of it, written by the scheduler only."""
 
     spec: ModelSpec
     status: Literal["pending", "ready", "failed"]
     reason: str = ""
     facts: ModelFacts | None = None
     created_at: int = 0  # unix seconds
+    revision: int = 0  # of its entry in HS_DEPLOYMENTS
+    origin: Origin = "file"
+    updated_at: float = 0.0  # unix seconds
+    updated_by: str = ""
 
 
 class PlacementRecord(msgspec.Struct, frozen=True, tag="hotswap.state.v1.placement"):

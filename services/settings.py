@@ -6,11 +6,13 @@ shows every key with its default; a test keeps the two in step.
 """
 
 import difflib
+import ipaddress
 import math
 import os
 import re
 import tomllib
 import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,7 +22,9 @@ import tomli_w
 from schemas.state import DType, ModelSpec, Preemption
 
 T = TypeVar("T")
+S = TypeVar("S", bound="_Section")
 
+UNSET_WORD = "unset"  # in overrides of a TOML file: takes the field out
 _MAX_NAME = 200  # characters in a model name
 _MAX_PRIORITY = 100  # of a model, either way
 _UNITS = {"": 1, "B": 1}
@@ -72,6 +76,20 @@ def _port(owner: object, key: str = "port") -> None:
         raise ValueError(f"{key} = {value} is not a port number (0-65535)")
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``. A name other than localhost: it may be more."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _tls_pair(owner: object) -> None:
+    cert, key = getattr(owner, "tls_cert"), getattr(owner, "tls_key")  # noqa: B009
+    if bool(cert) != bool(key):
+        raise ValueError(f"tls_cert = {cert!r} and tls_key = {key!r}: give both, or neither")
+
+
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pass
 
@@ -82,23 +100,59 @@ class ApiSettings(_Section, frozen=True):
     request_timeout_s: float = 600.0
     max_body_bytes: int = 4 * 2**20
     max_queued_per_model: int = 1000
+    progress_after_s: float = 1.0  # a stream that waits longer tells of its wait; 0: never
+    max_file_bytes: int = 100 * 2**20  # of one that is uploaded for a batch
+    auth: Literal["auto", "on", "off"] = "auto"  # API keys; auto: off on loopback, else on
+    tls_cert: str = ""  # PEM files; both: HTTPS
+    tls_key: str = ""
+    max_prompt_chars: int = 2_000_000
+    max_open_requests: int = 2000
+    max_open_body_bytes: int = 512 * 2**20  # of all open requests together
+    max_connections: int = 4000
+    read_timeout_s: float = 30.0  # for a request's head, and for its body to begin
+    write_timeout_s: float = 30.0  # a client that takes nothing for so long is cut off
+    keep_alive_s: int = 75  # a connection without requests is closed then
 
     def __post_init__(self) -> None:
         _port(self)
         _positive(self, "request_timeout_s", "max_body_bytes", "max_queued_per_model")
+        _not_negative(self, "progress_after_s")
+        _positive(self, "max_file_bytes")
+        _positive(self, "max_prompt_chars", "max_open_requests", "max_open_body_bytes")
+        _positive(self, "max_connections", "read_timeout_s", "write_timeout_s", "keep_alive_s")
+        _tls_pair(self)
+
+    @property
+    def requires_keys(self) -> bool:
+        return self.auth == "on" or (self.auth == "auto" and not is_loopback(self.host))
 
 
 class NatsSettings(_Section, frozen=True):
-    """Empty ``url``: an embedded server on loopback, with generated credentials."""
+    """Empty ``url``: an embedded server, on loopback by default, with generated credentials."""
 
     url: str = ""
     creds: str = ""  # JSON file with user, password and inbox_prefix
     port: int = 4222  # of the embedded server; another free one is taken if it is in use
     http_port: int = 8222
+    host: str = "127.0.0.1"  # where the embedded server listens; beyond loopback it needs TLS
+    advertised_host: str = ""  # a name in its certificate that services reach it by; empty: host
+    tls_cert: str = ""  # PEM files of the embedded server
+    tls_key: str = ""
+    tls_ca: str = (
+        ""  # PEM file that clients check the server's certificate with; empty: the system's
+    )
 
     def __post_init__(self) -> None:
         _port(self)
         _port(self, "http_port")
+        _tls_pair(self)
+        if not self.url and not is_loopback(self.host) and not self.tls_cert:
+            raise ValueError(
+                f"host = {self.host!r} is not loopback: the embedded NATS server needs tls_cert "
+                "and tls_key there (and tls_ca, unless the system knows who signed them)"
+            )
+        if self.url and self.tls_cert:
+            raise ValueError("tls_cert is of the embedded server, and url names another one")
         if self.url and not re.match(r"(nats|tls|ws|wss)://", self.url):
             raise ValueError(f"url = {self.url!r} must look like nats://host:4222")
 
@@ -182,16 +236,22 @@ class ModelSettings(_Section, frozen=True):
     token_target_s: float | None = None  # time per output token aimed at; None: [scheduler]'s
     exclusive_group: str = ""  # of the models that name the same, one at most is on a GPU at a time
     ttl_s: float = 0.0  # swapped out after so many idle seconds; 0: stays until room is needed
+    min_residency_s: float = 0.0  # what just came in leaves for no other model before this
+    drained: bool = False  # takes no new requests, and leaves when those it has have ended
+    aliases: tuple[str, ...] = ()  # other names that clients may call it by
+    # Fields of request bodies: where the client leaves them out, and whatever it says.
+    defaults: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}  # a null (in TOML: "unset") takes the field out
 
     def __post_init__(self) -> None:
         if not self.source:
             raise ValueError("source = '' must name a local folder, a hub id or s3://bucket/prefix")
         if "://" in self.source and not self.source.startswith("s3://"):
             raise ValueError(f"source = {self.source!r}: of object stores only s3:// is read")
-        _finite(self, "ttft_target_s", "token_target_s", "ttl_s")
+        _finite(self, "ttft_target_s", "token_target_s", "ttl_s", "min_residency_s")
         _positive(self, "max_model_len", "max_batch", "kv_tokens")
         _positive(self, "ttft_target_s", "token_target_s")
-        _not_negative(self, "ttl_s")
+        _not_negative(self, "ttl_s", "min_residency_s")
         if abs(self.priority) > _MAX_PRIORITY:
             raise ValueError(
                 f"priority = {self.priority} must be from -{_MAX_PRIORITY} to {_MAX_PRIORITY}"
@@ -199,6 +259,22 @@ class ModelSettings(_Section, frozen=True):
         for gpu in self.gpus:
             if self.gpus.count(gpu) > 1:
                 raise ValueError(f"gpus = {list(self.gpus)}: {gpu!r} is named twice")
+        for alias in self.aliases:
+            if not is_name(alias):
+                raise ValueError(f"aliases: {alias!r} must have 1 to {_MAX_NAME} characters")
+            if self.aliases.count(alias) > 1:
+                raise ValueError(f"aliases = {list(self.aliases)}: {alias!r} is named twice")
+        if both := sorted(self.defaults.keys() & self.overrides.keys()):
+            raise ValueError(f"{both[0]!r} is in defaults and in overrides: one of them is enough")
+
+    def spec(self, name: str) -> ModelSpec:
+        """As the other services know it."""
+        return ModelSpec(name=name, **{key: getattr(self, key) for key in self.__struct_fields__})
+
+
+def is_name(name: str) -> bool:
+    """Whether a deployment or an alias may be called so."""
+    return bool(name.strip()) and len(name) <= _MAX_NAME
 
 
 class Settings(_Section, frozen=True):
@@ -215,9 +291,7 @@ class Settings(_Section, frozen=True):
         for name in gpu_names:
             if gpu_names.count(name) > 1:
                 raise ValueError(f"gpus: name = {name!r} is used twice")
-        for name, model in self.models.items():
-            _check_gpus(name, model, gpu_names)
-        _check_groups(self.models, gpu_names)
+        check_together(self.models, gpu_names)
 
     @property
     def state_path(self) -> Path:
@@ -225,13 +299,37 @@ class Settings(_Section, frozen=True):
 
     def model_specs(self) -> list[ModelSpec]:
         """The deployments, in the order of the file."""
-        return [
-            ModelSpec(name=name, **msgspec.structs.asdict(model))
-            for name, model in self.models.items()
-        ]
+        return [model.spec(name) for name, model in self.models.items()]
 
 
-def _check_gpus(name: str, model: ModelSettings, gpu_names: list[str]) -> None:
+def check_together(
+    models: Mapping[str, ModelSettings | ModelSpec], gpu_names: Sequence[str]
+) -> None:
+    """Raise ValueError where ``models``, by name, can not all be deployed.
+
+    ``gpu_names``: the configured ones; none where the machine is asked for its GPUs later.
+    """
+    for name, model in models.items():
+        check_gpus(name, model, gpu_names)
+    check_groups(models, gpu_names)
+    check_names(models)
+
+
+def check_names(models: Mapping[str, ModelSettings | ModelSpec]) -> None:
+    """Raise ValueError where a name or an alias would mean two of ``models``."""
+    owners: dict[str, str] = {}
+    for name, model in models.items():
+        for alias in model.aliases:
+            owner = owners.setdefault(alias, name)
+            if alias in models or owner != name:
+                other = alias if alias in models else owner
+                raise ValueError(
+                    f"models.{name}: aliases = {list(model.aliases)}: {alias!r} is a name of "
+                    f"model {other!r} already"
+                )
+
+
+def check_gpus(name: str, model: ModelSettings | ModelSpec, gpu_names: Sequence[str]) -> None:
     """``gpu_names``: the configured ones; none where the machine is asked for its GPUs later."""
     for gpu in model.gpus:
         if gpu_names and gpu not in gpu_names:
@@ -241,7 +339,7 @@ def _check_gpus(name: str, model: ModelSettings, gpu_names: list[str]) -> None:
             )
 
 
-def _check_groups(models: dict[str, ModelSettings], gpu_names: list[str]) -> None:
+def check_groups(models: Mapping[str, ModelSettings | ModelSpec], gpu_names: Sequence[str]) -> None:
     """Each pinned model of an exclusive group needs a GPU that no other of them is on."""
     groups: dict[str, list[str]] = {}
     for name, model in models.items():
@@ -277,15 +375,37 @@ def parse(raw: dict[str, Any], *, origin: str, folder: Path) -> Settings:
         raise SettingsError(f"{origin}: models = {tables!r}: write each model as [models.NAME]")
     models: dict[str, ModelSettings] = {}
     for name, table in tables.items():
-        if not name.strip() or len(name) > _MAX_NAME:
+        if not is_name(name):
             raise SettingsError(f"{origin}: models: {name!r} must have 1 to {_MAX_NAME} characters")
-        model = _convert(table, ModelSettings, origin, ("models", name))
+        model = _convert(_with_nulls(table), ModelSettings, origin, ("models", name))
         models[name] = msgspec.structs.replace(model, source=_resolve(model.source, folder))
     state_dir = str(folder / Path(settings.state_dir).expanduser())
+    api, nats = _tls_paths(settings.api, folder), _tls_paths(settings.nats, folder)
     try:
-        return msgspec.structs.replace(settings, models=models, state_dir=state_dir)
+        return msgspec.structs.replace(
+            settings, models=models, state_dir=state_dir, api=api, nats=nats
+        )
     except ValueError as error:  # a check across sections
         raise SettingsError(f"{origin}: {error}") from error
+
+
+def parse_model(raw: Any, prefix: tuple[str, ...] = ()) -> ModelSettings:
+    """``raw`` (plain values) as the settings of one deployment. Raises SettingsError, whose words
+    name the key, below ``prefix``, and its value.
+    """
+    try:
+        return msgspec.convert(raw, ModelSettings)
+    except msgspec.ValidationError as error:
+        raise SettingsError(_explain(error, raw, ModelSettings, prefix)) from error
+
+
+def _with_nulls(table: Any) -> Any:
+    """TOML has no null: in overrides "unset" stands for it."""
+    overrides = table.get("overrides") if isinstance(table, dict) else None
+    if not isinstance(overrides, dict):
+        return table
+    nulls = {key: None if value == UNSET_WORD else value for key, value in overrides.items()}
+    return table | {"overrides": nulls}
 
 
 def dump(settings: Settings) -> str:
@@ -296,7 +416,18 @@ def dump(settings: Settings) -> str:
             return {k: no_nulls(v) for k, v in value.items() if v is not None}
         return [no_nulls(v) for v in value] if isinstance(value, list | tuple) else value
 
-    return tomli_w.dumps(no_nulls(msgspec.to_builtins(settings)))
+    plain = msgspec.to_builtins(settings)
+    for model in plain["models"].values():
+        overrides = model["overrides"]
+        model["overrides"] = {k: UNSET_WORD if v is None else v for k, v in overrides.items()}
+    return tomli_w.dumps(no_nulls(plain))
+
+
+def _tls_paths(section: S, folder: Path) -> S:
+    """The section with its files taken from ``folder``."""
+    given = {key: getattr(section, key, "") for key in ("tls_cert", "tls_key", "tls_ca")}
+    found = {key: str(folder / Path(file).expanduser()) for key, file in given.items() if file}
+    return msgspec.structs.replace(section, **found)
 
 
 def _resolve(source: str, folder: Path) -> str:

@@ -1,11 +1,12 @@
 """The answer to one request, put together from the chunks of one or more runs of it.
 
-A request may be run more than once: its agent died, or the NATS server lost the queue. Every
-run starts again at token 0 with the same seed, so all runs say the same, and what the client
-already has is skipped:
+A request may be run more than once: its agent died, or the NATS server lost the queue. A later
+run begins behind what is known here, or, where nobody could ask, at token 0 with the same seed. All
+runs say the same, and what the client already has is skipped:
 
     run 1   t0 t1 t2 t3 |            "Once upon"
-    run 2   t0 t1 t2 t3 t4 t5        "Once upon" " a time"
+    run 2                t4 t5                   " a time"
+    run 2'  t0 t1 t2 t3 t4 t5        "Once upon" " a time"
                         `---'                    `-------' new: goes to the client
 
 Token ids and text are both compared over the part that is known. The text known at a token
@@ -48,9 +49,9 @@ class Answer:
         self._attempts[run] = max(newest, attempt)
         return attempt < newest
 
-    def queued_again(self, run: str) -> None:
-        """A restarted server counts deliveries from 1 again."""
-        self._attempts.pop(run, None)
+    def num_attempts(self, run: str) -> int:
+        """The newest one that was heard of; 0: none."""
+        return self._attempts.get(run, 0)
 
     def add(self, chunk: Tokens) -> Piece | None:
         """What ``chunk`` adds; None where it adds nothing. Raises Diverged.
@@ -80,6 +81,10 @@ class Answer:
         if not fresh and not text:
             return None
         return Piece(text, chunk.logprobs[len(overlap) :], tuple(fresh))
+
+    def has_gap_before(self, chunk: Tokens) -> bool:
+        """Whether tokens between what is known and ``chunk`` were lost."""
+        return chunk.index > len(self.token_ids)
 
     def missing(self, chunk: Finished) -> int:
         """How many tokens of a finished run never arrived."""

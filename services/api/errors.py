@@ -3,15 +3,29 @@
     {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
 
 | status | code                                                 | when                            |
-| 400    | invalid_json, invalid_type, invalid_value,           | the request itself is wrong     |
-|        | unsupported_parameter, context_length_exceeded,       |                                 |
-|        | model_not_supported, ...                             |                                 |
-| 404    | model_not_found, unknown_url                         |                                 |
+| 400    | invalid_json, missing_field, invalid_type,           | the request itself is wrong     |
+|        | invalid_value, unsupported_parameter,                |                                 |
+|        | context_length_exceeded, prompt_too_long,            |                                 |
+|        | invalid_prompt, model_not_supported, client_left,    |                                 |
+|        | invalid_http, bad_request                            |                                 |
+| 401    | missing_api_key, invalid_api_key, expired_api_key,   | with WWW-Authenticate           |
+|        | disabled_api_key                                     |                                 |
+| 403    | insufficient_role, model_not_allowed                 | the key does not allow it       |
+| 404    | model_not_found, deployment_not_found,               |                                 |
+|        | key_not_found, unknown_url, unknown_action           |                                 |
+| 405    | method_not_allowed                                   | with Allow                      |
+| 408    | request_timeout                                      | its head or body did not come   |
+| 409    | key_conflict, conflict                               | the change can not be made      |
+| 412    | precondition_failed                                  | If-Match names another version  |
 | 413    | request_too_large                                    |                                 |
-| 429    | queue_full                                           | with Retry-After                |
+| 429    | queue_full, rate_limit_exceeded,                     | with Retry-After                |
+|        | concurrency_limit_exceeded                           |                                 |
+| 431    | headers_too_large                                    |                                 |
 | 500    | engine_failed, internal_error                        |                                 |
 | 503    | model_unavailable, bus_unavailable, shutting_down,   | with Retry-After                |
+|        | server_overloaded, cancelled, scheduler_unavailable, |                                 |
 |        | tokenizer_unavailable                                |                                 |
+|        | slow_reader                                          | only inside a stream            |
 | 504    | deadline_exceeded                                    |                                 |
 """
 
@@ -104,6 +118,14 @@ def model_not_found(model: str, existing: Sequence[str]) -> ApiError:
     return ApiError(404, "model_not_found", message, param="model")
 
 
+def deployment_not_found(name: str, existing: Sequence[str]) -> ApiError:
+    listed = ", ".join(existing[:_MAX_LISTED]) or "none yet"
+    if len(existing) > _MAX_LISTED:
+        listed += f", ... ({len(existing)} in all, see GET /v1/deployments)"
+    message = f"There is no deployment {name[:_MAX_NAME]!r}. Deployments here: {listed}."
+    return ApiError(404, "deployment_not_found", message, param="name")
+
+
 def model_not_supported(model: str, runner: Runner) -> ApiError:
     """``runner``: what the model is for."""
     message = f"The model {model!r} makes embeddings and generates no text: use /v1/embeddings."
@@ -146,8 +168,9 @@ def shutting_down() -> ApiError:
     return ApiError(503, "shutting_down", message, retry_after_s=RETRY_AFTER_S)
 
 
-def deadline_exceeded(timeout_s: float, stage: str) -> ApiError:
-    message = f"No complete answer within {timeout_s:g} s (api.request_timeout_s); it was {stage}."
+def deadline_exceeded(timeout_s: float, whose: str, stage: str) -> ApiError:
+    """``whose``: which limit it was. ``stage``: where the request was."""
+    message = f"No complete answer within {timeout_s:g} s ({whose}); it was {stage}."
     return ApiError(504, "deadline_exceeded", message)
 
 
@@ -157,7 +180,7 @@ def engine_failed(message: str) -> ApiError:
 
 def slow_reader(num_tokens: int) -> ApiError:
     message = f"The stream was ended: {num_tokens} tokens were waiting for the client to read them."
-    return ApiError(503, "slow_reader", message)
+    return ApiError(503, "slow_reader", message, retry_after_s=RETRY_AFTER_S)
 
 
 def from_failure(

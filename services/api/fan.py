@@ -18,7 +18,7 @@ from typing import TypeAlias
 import msgspec
 
 from schemas.requests import Prompt, SamplingParams
-from schemas.stream import Finished, Started
+from schemas.stream import Finished
 from services.api.answer import Piece
 from services.api.call import Call
 from services.api.errors import ApiError, invalid
@@ -72,14 +72,34 @@ def _choices(parsed: Parsed) -> Iterator[tuple[Prompt, SamplingParams]]:
             yield prompt, msgspec.structs.replace(parsed.sampling, seed=seed)
 
 
-class Fan:
-    """One answer, as the HTTP side reads it. ``calls``: of its choices, by index."""
+class Choices:
+    """The calls of one answer, by choice."""
 
-    def __init__(self, parsed: Parsed, relay: Relay, request_id: str, calls: list[Call]) -> None:
+    def __init__(self, parsed: Parsed, request_id: str, calls: list[Call]) -> None:
         self.calls = calls
         self.num_prompts = len(parsed.prompts)
         self.request_id = request_id
         self._n = parsed.form.n
+
+    @property
+    def lead(self) -> Call:
+        """The one that tells how all were served: the first that began."""
+        return next((call for call in self.calls if call.started), self.calls[0])
+
+    def choices_of(self, prompt: int) -> list[Call]:
+        """The calls of one prompt."""
+        return self.calls[prompt * self._n : (prompt + 1) * self._n]
+
+    def prompt_of(self, index: int) -> int:
+        """Which prompt a choice answers."""
+        return index // self._n
+
+
+class Fan(Choices):
+    """One answer, as the HTTP side reads it while it comes."""
+
+    def __init__(self, parsed: Parsed, relay: Relay, request_id: str, calls: list[Call]) -> None:
+        super().__init__(parsed, request_id, calls)
         self._relay = relay
         self._open = dict(enumerate(calls))  # not read to their end
         self._news = asyncio.Event()
@@ -91,18 +111,16 @@ class Fan:
         """All has been read."""
         return not self._open
 
-    @property
-    def started(self) -> Started | None:
-        """Of the first choice that was."""
-        return next((call.started for call in self.calls if call.started), None)
-
-    def choices_of(self, prompt: int) -> list[Call]:
-        """The calls of one prompt."""
-        return self.calls[prompt * self._n : (prompt + 1) * self._n]
-
-    def prompt_of(self, index: int) -> int:
-        """Which prompt a choice answers."""
-        return index // self._n
+    async def has_news(self, within_s: float) -> bool:
+        """Whether `read` has something to say at once, now or ``within_s`` seconds from now."""
+        if self._open and not any(call.has_news for call in self._open.values()):
+            self._news.clear()
+            try:
+                async with asyncio.timeout(within_s):
+                    await self._news.wait()
+            except TimeoutError:
+                return False
+        return True
 
     async def read(self) -> list[Told]:
         """What came since the last call, each choice's in order; [] once all are complete.

@@ -12,9 +12,11 @@ from msgspec import UNSET, UnsetType
 from schemas.stream import Finished
 from services.api import logprobs, openai
 from services.api.answer import Piece
-from services.api.fan import Fan, Told
+from services.api.call import Call
+from services.api.fan import Choices, Told
 from services.api.openai import WireFinishReason
 from services.api.parsing import Parsed
+from services.api.served import served
 
 _encode = msgspec.json.Encoder().encode
 
@@ -32,7 +34,7 @@ def _reason(finished: Finished) -> WireFinishReason:
     return "length" if finished.finish_reason == "length" else "stop"
 
 
-def _usage(fan: Fan) -> openai.Usage:
+def _usage(fan: Choices) -> openai.Usage:
     """Of a complete answer."""
     prompt = completion = cached = 0
     for number in range(fan.num_prompts):
@@ -45,16 +47,20 @@ def _usage(fan: Fan) -> openai.Usage:
     return openai.Usage(prompt, completion, prompt + completion, details)
 
 
-def _answer_id(parsed: Parsed, fan: Fan) -> str:
+def served_of(call: Call) -> openai.Served | UnsetType:
+    return served(call) or UNSET
+
+
+def _answer_id(parsed: Parsed, fan: Choices) -> str:
     kind = "chatcmpl-" if parsed.endpoint == "chat" else "cmpl-"
     return kind + (parsed.form.request_id or fan.request_id)
 
 
-def _created(fan: Fan) -> int:
+def _created(fan: Choices) -> int:
     return int(fan.calls[0].request.created_at)
 
 
-def _echo(parsed: Parsed, fan: Fan, index: int) -> str:
+def _echo(parsed: Parsed, fan: Choices, index: int) -> str:
     """What goes before the text of a choice."""
     if parsed.form.echoes is None:
         return ""
@@ -65,18 +71,18 @@ def _echo(parsed: Parsed, fan: Fan, index: int) -> str:
     return told.text if told else ""
 
 
-def _prompt_ids(parsed: Parsed, fan: Fan, index: int) -> Sequence[int] | UnsetType:
+def _prompt_ids(parsed: Parsed, fan: Choices, index: int) -> Sequence[int] | UnsetType:
     told = fan.calls[index].answer.prompt
     return told.token_ids if parsed.form.token_ids and told else UNSET
 
 
-def _end(fan: Fan, index: int) -> Finished:
+def _end(fan: Choices, index: int) -> Finished:
     finished = fan.calls[index].finished
     assert finished is not None, f"choice {index} of {fan.request_id} is complete but has no end"
     return finished
 
 
-def whole(parsed: Parsed, fan: Fan, told: list[Told]) -> bytes:
+def whole(parsed: Parsed, fan: Choices, told: list[Told]) -> bytes:
     """The answer that is not streamed; ``told`` is all there was."""
     head = (_answer_id(parsed, fan), _created(fan), parsed.model)
     pieces: list[list[Piece]] = [[] for _ in fan.calls]
@@ -85,14 +91,16 @@ def whole(parsed: Parsed, fan: Fan, told: list[Told]) -> bytes:
             pieces[index].append(what)
     if parsed.endpoint == "chat":
         chats = [_chat_choice(parsed, fan, index, pieces[index]) for index in range(len(pieces))]
-        chat = openai.ChatCompletion(*head, chats, _usage(fan))
+        chat = openai.ChatCompletion(*head, chats, _usage(fan), hotswap=served_of(fan.lead))
         chat.prompt_token_ids = _prompt_ids(parsed, fan, 0)
         return _encode(chat)
     texts = [_text_choice(parsed, fan, index, pieces[index]) for index in range(len(pieces))]
-    return _encode(openai.Completion(*head, texts, _usage(fan)))
+    return _encode(openai.Completion(*head, texts, _usage(fan), hotswap=served_of(fan.lead)))
 
 
-def _chat_choice(parsed: Parsed, fan: Fan, index: int, pieces: list[Piece]) -> openai.ChatChoice:
+def _chat_choice(
+    parsed: Parsed, fan: Choices, index: int, pieces: list[Piece]
+) -> openai.ChatChoice:
     text = _echo(parsed, fan, index) + "".join(piece.text for piece in pieces)
     told = [one for piece in pieces for one in piece.logprobs]
     return openai.ChatChoice(
@@ -104,7 +112,9 @@ def _chat_choice(parsed: Parsed, fan: Fan, index: int, pieces: list[Piece]) -> o
     )
 
 
-def _text_choice(parsed: Parsed, fan: Fan, index: int, pieces: list[Piece]) -> openai.TextChoice:
+def _text_choice(
+    parsed: Parsed, fan: Choices, index: int, pieces: list[Piece]
+) -> openai.TextChoice:
     text = _echo(parsed, fan, index) + "".join(piece.text for piece in pieces)
     told = [one for piece in pieces for one in piece.logprobs]
     return openai.TextChoice(
@@ -129,7 +139,7 @@ _NOTHING = Piece("")
 class _Chunks(abc.ABC):
     """The events of a stream: what opens it, one for each piece and each end, what closes it."""
 
-    def __init__(self, parsed: Parsed, fan: Fan) -> None:
+    def __init__(self, parsed: Parsed, fan: Choices) -> None:
         self._parsed = parsed
         self._fan = fan
         self._head = (_answer_id(parsed, fan), _created(fan), parsed.model)
@@ -208,11 +218,12 @@ class _ChatChunks(_Chunks):
         return _event(chunk)
 
     def _usage_chunk(self, usage: openai.Usage) -> bytes:
-        return _event(openai.ChatCompletionChunk(*self._head, [], usage))
+        told = served_of(self._fan.lead)
+        return _event(openai.ChatCompletionChunk(*self._head, [], usage, hotswap=told))
 
 
 class _TextChunks(_Chunks):
-    def __init__(self, parsed: Parsed, fan: Fan) -> None:
+    def __init__(self, parsed: Parsed, fan: Choices) -> None:
         super().__init__(parsed, fan)
         # Choices that still are to name their prompt's ids.
         self._nameless = set(range(len(fan.calls))) if parsed.form.token_ids else set()
@@ -227,8 +238,9 @@ class _TextChunks(_Chunks):
         return _event(openai.Completion(*self._head, [choice], self._usage()))
 
     def _usage_chunk(self, usage: openai.Usage) -> bytes:
-        return _event(openai.Completion(*self._head, [], usage))
+        told = served_of(self._fan.lead)
+        return _event(openai.Completion(*self._head, [], usage, hotswap=told))
 
 
-def chunks_of(parsed: Parsed, fan: Fan) -> _Chunks:
+def chunks_of(parsed: Parsed, fan: Choices) -> _Chunks:
     return _ChatChunks(parsed, fan) if parsed.endpoint == "chat" else _TextChunks(parsed, fan)

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from schemas.state import ReplicaState
+from schemas.stream import StartKind
 
 Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
 WireFinishReason: TypeAlias = Literal["stop", "length"]
@@ -76,6 +77,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     request_id: str | None = None  # part of the answer's id
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None  # in log probabilities
+    timeout: float | None = None  # seconds for the whole answer, then 504
 
 
 class ChatCompletionRequest(SamplingFields, kw_only=True):
@@ -109,6 +111,7 @@ class EmbeddingRequest(msgspec.Struct):
     input: str | list[str | int | list[int]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None  # the first so many of each vector, normalised again
+    timeout: float | None = None  # seconds for the whole answer, then 504
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -147,6 +150,21 @@ class Usage(msgspec.Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | UnsetType = UNSET
+
+
+class Served(msgspec.Struct, omit_defaults=True):
+    """What this server adds beside ``usage``: how the request came to its model.
+
+    ``waited_s``: from its admission until the model was there and began with it. ``swap_*``: the
+    swap-in that it waited for, if any. ``num_resumed``: how often its agent died and it went on.
+    """
+
+    start: StartKind
+    gpu: str
+    waited_s: float
+    swap_s: float | None = None
+    swap_bytes: int | None = None
+    num_resumed: int = 0
 
 
 class TopLogprob(msgspec.Struct):
@@ -202,6 +220,7 @@ class ChatCompletion(msgspec.Struct):
     usage: Usage
     object: Literal["chat.completion"] = "chat.completion"
     prompt_token_ids: Sequence[int] | UnsetType = UNSET  # with return_token_ids
+    hotswap: Served | UnsetType = UNSET
 
 
 class TextChoice(msgspec.Struct):
@@ -222,6 +241,7 @@ class Completion(msgspec.Struct):
     choices: list[TextChoice]
     usage: Usage | UnsetType | None = UNSET
     object: Literal["text_completion"] = "text_completion"
+    hotswap: Served | UnsetType = UNSET  # with the usage
 
 
 class Delta(msgspec.Struct, omit_defaults=True):
@@ -247,6 +267,7 @@ class ChatCompletionChunk(msgspec.Struct):
     usage: Usage | UnsetType | None = UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     prompt_token_ids: Sequence[int] | UnsetType = UNSET  # with return_token_ids; the first only
+    hotswap: Served | UnsetType = UNSET  # with the usage
 
 
 class Embedding(msgspec.Struct):
@@ -269,6 +290,7 @@ class EmbeddingList(msgspec.Struct):
     model: str
     usage: EmbeddingUsage
     object: Literal["list"] = "list"
+    hotswap: Served | UnsetType = UNSET
 
 
 class Tokenization(msgspec.Struct):
@@ -295,6 +317,7 @@ class HotswapInfo(msgspec.Struct):
     weight_bytes: int | None
     max_model_len: int | None
     reason: str  # why it failed, else ""
+    alias_of: str | UnsetType = UNSET  # the deployment, where this is another name of it
 
 
 class Model(msgspec.Struct):

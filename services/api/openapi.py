@@ -10,9 +10,11 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from services.api import fields, openai
+from services.api import fields, keys_routes, openai, openapi_deployments
+from services.api.batches import described
 from services.api.errors import ErrorBody
 from services.api.fields import Endpoint
+from services.api.timeouts import TIMEOUT_HEADER
 
 Json: TypeAlias = dict[str, Any]
 
@@ -20,22 +22,37 @@ _REF = "#/components/schemas/{name}"
 
 _ERRORS = {
     400: "The request is wrong: malformed JSON, a wrong type or value, an unsupported field.",
-    404: "No such model, or no such endpoint.",
+    401: "No API key, or one that is not right, has expired or is switched off.",
+    403: "The API key does not allow it: another role is needed, or the model is not among its.",
+    404: "No such model, file, batch or key, or no such endpoint.",
+    408: "The request body did not come in time.",
+    409: "Not as things stand: it is in use or has ended, or somebody else changed it meanwhile.",
     413: "The request body is too large.",
-    429: "The model's queue is full; see Retry-After.",
+    429: "The model's queue is full, or the API key is over a limit of its own; see Retry-After.",
     500: "The engine failed.",
-    503: "The model can not be served, or the service is not ready; see Retry-After.",
+    503: "The model can not be served, or the service is not ready or has too much to do; see "
+    "Retry-After.",
     504: "No complete answer in time.",
+    507: "No room for the file.",
 }
 
+_ANSWER_ERRORS = (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
 _ANSWER_HEADERS = {
     "x-request-id": "The request's id, as in events and traces.",
     "x-trace-id": "The trace's id.",
     "x-hotswap-start": "warm, switch or cold: whether the model was on the GPU already.",
     "x-hotswap-gpu": "The GPU that answered.",
+    "x-hotswap-wait-seconds": "How long the request waited until its model began with it.",
     "x-hotswap-swap-bytes": "Bytes moved by the swap-in that was waited for, if any.",
     "x-hotswap-swap-seconds": "How long that swap-in took.",
+    # Of streams that began before their first token, the last chunk tells instead: `hotswap`.
     fields.IGNORED_HEADER: "Request fields that this server does not know.",
+    "x-ratelimit-limit-requests": "Of the API key, per minute, if it has such a limit.",
+    "x-ratelimit-remaining-requests": "How many are left.",
+    "x-ratelimit-reset-requests": "Until all of them are there again, as in 1.5s or 6m0s.",
+    "x-ratelimit-limit-tokens": "Likewise, of prompts and answers together.",
+    "x-ratelimit-remaining-tokens": "How many are left; this answer's are charged when it ends.",
+    "x-ratelimit-reset-tokens": "Until all of them are there again.",
 }
 
 
@@ -82,10 +99,12 @@ def build() -> Json:
             "/detokenize": {"post": _detokenize("detokenize")},
             "/v1/detokenize": {"post": _detokenize("detokenize_v1")},
             "/v1/models": {
-                "get": _get("list_models", "Every deployment, with where it is", openai.ModelList)
+                "get": _get(
+                    "list_models", "Every deployment, with where it is", openai.ModelList, 401
+                )
             },
             "/v1/models/{model_id}": {
-                "get": _get("get_model", "One deployment, with where it is", openai.Model, 404)
+                "get": _get("get_model", "One deployment, with where it is", openai.Model, 401, 404)
                 | {
                     "parameters": [
                         {
@@ -98,12 +117,26 @@ def build() -> Json:
                     ]
                 }
             },
+            **openapi_deployments.paths(),
+            **described.paths(_of, _errors),
+            **_key_paths(),
             "/healthz": {"get": _health("healthz", "Is the process alive?")},
             "/readyz": {
                 "get": _health("readyz", "Could a request be answered?", "What is missing.")
             },
         },
-        "components": {"schemas": _schemas()},
+        # Where the server asks for keys at all; health and this document are open.
+        "security": [{"apiKey": []}, {}],
+        "components": {
+            "schemas": _schemas(),
+            "securitySchemes": {
+                "apiKey": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "An API key, as OpenAI's. `hotswap keys create NAME` makes one.",
+                }
+            },
+        },
     }
 
 
@@ -120,7 +153,12 @@ def _generate(
     answer: type[msgspec.Struct],
     chunk: type[msgspec.Struct],
 ) -> Json:
-    events = f"Server-sent events, each `data:` one {chunk.__name__}; the last is `data: [DONE]`."
+    events = (
+        f"Server-sent events, each `data:` one {chunk.__name__}; the last is `data: [DONE]`. While "
+        "nothing comes, comments (lines that begin with a colon) say why: "
+        '`: hotswap {"state": "waiting", "position": 2, "predicted_wait_s": 1.3, ...}`. '
+        "What goes wrong after the begin is one `data:` with an error, and no `[DONE]`."
+    )
     content = {
         "application/json": _of(answer),
         "text/event-stream": {"schema": {"type": "string", "description": events}},
@@ -135,6 +173,16 @@ def _answer(
     return {
         "operationId": operation,
         "summary": summary,
+        "parameters": [
+            {
+                "name": TIMEOUT_HEADER,
+                "in": "header",
+                "required": False,
+                "description": "Seconds that the client waits for the whole answer; as `timeout` "
+                "in the body, and the shorter one counts.",
+                "schema": {"type": "number", "exclusiveMinimum": 0},
+            }
+        ],
         "requestBody": {"required": True, "content": {"application/json": _of(request)}},
         "responses": {
             "200": {
@@ -145,7 +193,7 @@ def _answer(
                 },
                 "content": content,
             },
-            **_errors(*_ERRORS),
+            **_errors(*_ANSWER_ERRORS),
         },
     }
 
@@ -185,6 +233,36 @@ def _get(operation: str, summary: str, answer: type[msgspec.Struct], *statuses: 
     }
 
 
+def _key_paths() -> Json:
+    """API keys, for admins."""
+    info, deleted = keys_routes.KeyInfo, keys_routes.KeyDeleted
+    key_id = {"name": "key_id", "in": "path", "required": True, "schema": {"type": "string"}}
+    make = _get(
+        "create_key", "Make an API key; the answer alone ever shows it", info, 400, 401, 403
+    )
+    make["responses"] = {"201": make["responses"].pop("200"), **make["responses"]}
+    change = _get(
+        "change_key", "Change what is named in the body", info, 400, 401, 403, 404, 409, 503
+    )
+    for operation, body in ((make, keys_routes.NewKey), (change, keys_routes.KeyFields)):
+        content = {"application/json": _of(body)}
+        operation["requestBody"] = {"required": True, "content": content}
+    one = {
+        "get": _get("get_key", "One API key", info, 401, 403, 404),
+        "patch": change,
+        "delete": _get("delete_key", "Withdraw an API key", deleted, 401, 403, 404, 409, 503),
+    }
+    return {
+        "/v1/keys": {
+            "get": _get("list_keys", "All API keys", keys_routes.KeyList, 401, 403),
+            "post": make,
+        },
+        "/v1/keys/{key_id}": {
+            method: {**operation, "parameters": [key_id]} for method, operation in one.items()
+        },
+    }
+
+
 def _health(operation: str, summary: str, problem: str = "") -> Json:
     schema = {
         "type": "object",
@@ -198,7 +276,7 @@ def _health(operation: str, summary: str, problem: str = "") -> Json:
     responses = {"200": {"description": "Yes.", "content": content}}
     if problem:
         responses["503"] = {"description": problem, "content": content}
-    return {"operationId": operation, "summary": summary, "responses": responses}
+    return {"operationId": operation, "summary": summary, "security": [], "responses": responses}
 
 
 def _errors(*statuses: int) -> Json:
@@ -216,7 +294,7 @@ def _of(kind: type[msgspec.Struct]) -> Json:
 
 
 def _schemas() -> Json:
-    kinds = (
+    kinds: tuple[type[msgspec.Struct], ...] = (
         openai.ChatCompletionRequest,
         openai.ChatCompletion,
         openai.ChatCompletionChunk,
@@ -229,7 +307,13 @@ def _schemas() -> Json:
         openai.DetokenizeRequest,
         openai.Detokenization,
         openai.ModelList,
+        *described.KINDS,
+        keys_routes.NewKey,
+        keys_routes.KeyFields,
+        keys_routes.KeyList,
+        keys_routes.KeyDeleted,
         ErrorBody,
+        *openapi_deployments.KINDS,
     )
     _, schemas = msgspec.json.schema_components(kinds, ref_template=_REF)
     for kind in kinds:

@@ -8,8 +8,9 @@ struct has, and what value a wrong field had.
 
 import re
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
@@ -28,6 +29,7 @@ from services.api.form import AnswerForm, form_of
 from services.api.openai import ChatCompletionRequest, CompletionRequest, Message, SamplingFields
 
 T = TypeVar("T")
+Prepare: TypeAlias = Callable[[dict[str, Any], Endpoint], dict[str, Any]]
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default on /v1/completions; chat has none
 MAX_STOPS = 4
@@ -36,6 +38,11 @@ SEED_BITS = (1 << 63) - 1
 _MIN_SEED, _MAX_SEED = -(1 << 63), (1 << 63) - 1
 _MAX_COUNT = (1 << 31) - 1  # more tokens than any model holds
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")  # as a JSON key
+
+
+def as_it_came(raw: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
+    """A `Prepare` that changes nothing. Others put in what a deployment's settings say."""
+    return raw
 
 
 @dataclass(frozen=True)
@@ -54,11 +61,12 @@ class Parsed:
     include_usage: bool
     form: AnswerForm
     ignored: list[str]
+    timeout_s: float | None = None  # as the body says
 
 
-def parse_chat(body: bytes) -> Parsed:
+def parse_chat(body: bytes, prepare: Prepare = as_it_came) -> Parsed:
     """The body of ``POST /v1/chat/completions``. Raises ApiError (400)."""
-    raw = json_object(body)
+    raw = prepare(json_object(body), "chat")
     fields.refuse_unsupported(raw, "chat")
     request = convert(raw, ChatCompletionRequest)
     messages = messages_of(request.messages)
@@ -67,9 +75,9 @@ def parse_chat(body: bytes) -> Parsed:
     return _parsed("chat", request, raw, (prompt,), key, getattr(request, key))
 
 
-def parse_completion(body: bytes) -> Parsed:
+def parse_completion(body: bytes, prepare: Prepare = as_it_came) -> Parsed:
     """The body of ``POST /v1/completions``. Raises ApiError (400)."""
-    raw = json_object(body)
+    raw = prepare(json_object(body), "completion")
     fields.refuse_unsupported(raw, "completion")
     request = convert(raw, CompletionRequest)
     max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
@@ -100,6 +108,7 @@ def _parsed(
         include_usage=bool(options and options.include_usage),
         form=form,
         ignored=fields.ignored(raw, endpoint, request.__struct_fields__),
+        timeout_s=request.timeout,
     )
 
 

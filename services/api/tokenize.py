@@ -6,6 +6,8 @@ one of them answers over the bus: no GPU is waited for, and no model swapped in.
 
 from dataclasses import dataclass
 
+import msgspec
+
 from schemas.names import tokenize_subject
 from schemas.requests import ChatPrompt, TextPrompt
 from schemas.tokenize import (
@@ -22,7 +24,7 @@ from services.api.errors import ApiError, invalid
 from services.api.openai import Detokenization, Tokenization
 from services.api.parsing import convert, json_object, messages_of
 from services.api.prompts import template_options
-from services.bus import Bus, BusError, BusUnavailable, NobodyListens
+from services.bus import Bus, BusError, BusUnavailable, NoResponder
 
 TIMEOUT_S = 10.0
 _MAX_TOKEN_ID = (1 << 31) - 1
@@ -77,16 +79,21 @@ def parse_detokenize(body: bytes) -> TokenQuestion:
     return TokenQuestion(DetokenizeRequest(request.model, tuple(request.tokens)), "tokens", ignored)
 
 
-async def ask_tokenizer(bus: Bus, question: TokenQuestion) -> Tokenization | Detokenization:
-    """The answer of an agent. Raises ApiError."""
+async def ask_tokenizer(
+    bus: Bus, question: TokenQuestion, deployment: str
+) -> Tokenization | Detokenization:
+    """The answer of an agent. ``deployment``: the one that the client named. Raises ApiError."""
     model = question.ask.model
     if not bus.is_connected:
         raise errors.bus_unavailable()
     try:
         answer: TokenizeAnswer = await bus.request(
-            tokenize_subject(model), question.ask, TokenizeAnswer, TIMEOUT_S
+            tokenize_subject(deployment),
+            msgspec.structs.replace(question.ask, model=deployment),
+            TokenizeAnswer,
+            TIMEOUT_S,
         )
-    except NobodyListens as error:
+    except NoResponder as error:
         why = "no agent has looked at the model yet"
         raise errors.tokenizer_unavailable(model, why) from error
     except BusUnavailable as error:

@@ -4,7 +4,8 @@ connection   connect, publish, subscribe, JetStream API calls; the only file tha
 topology     the streams and buckets, declared idempotently
 work_queue   enqueue, pull by free slots, withdraw, depths
 kv           typed buckets with watches, and leases
-history      what a stream still holds
+history      what a stream still holds, and what comes
+blobs        files in a stream, in chunks
 """
 
 from services.bus.connection import (
@@ -14,7 +15,7 @@ from services.bus.connection import (
     BusUnavailable,
     JetStreamError,
     Message,
-    NobodyListens,
+    NoResponder,
 )
 from services.bus.kv import Bucket, Entry, Lease, LeaseLost, Writer
 from services.bus.topology import declare
@@ -32,7 +33,7 @@ __all__ = [
     "Lease",
     "LeaseLost",
     "Message",
-    "NobodyListens",
+    "NoResponder",
     "Puller",
     "QueueFull",
     "WorkQueue",

@@ -120,6 +120,16 @@ class Bucket(Generic[T]):
         await (await self.watch(collect))()
         return found
 
+    async def entries(self) -> dict[str, Entry[T]]:
+        """Every key that has a value now, with its revision."""
+        found: dict[str, Entry[T]] = {}
+
+        async def collect(entry: Entry[T]) -> None:
+            found[entry.key] = entry
+
+        await (await self.watch(collect))()
+        return {key: entry for key, entry in found.items() if entry.value is not None}
+
     async def watch(
         self, on_entry: Callable[[Entry[T]], Awaitable[None]], *, key: str = ">"
     ) -> Hook:
@@ -207,11 +217,15 @@ class Writer(Generic[T]):
     def __init__(self, bucket: Bucket[T], may_write: Callable[[], bool] = lambda: True) -> None:
         self._bucket = bucket
         self._may_write = may_write
-        self._pending: dict[str, T] = {}
+        self._pending: dict[str, T | None] = {}  # None: to be deleted
         self._wake = asyncio.Event()
 
     def put(self, key: str, value: T) -> None:
         self._pending[key] = value
+        self._wake.set()
+
+    def delete(self, key: str) -> None:
+        self._pending[key] = None
         self._wake.set()
 
     async def run(self) -> None:
@@ -225,13 +239,16 @@ class Writer(Generic[T]):
                     self._pending.clear()
                     break
                 try:
-                    await self._bucket.put(key, value)
+                    if value is None:
+                        await self._bucket.delete(key)
+                    else:
+                        await self._bucket.put(key, value)
                 except BusError as error:
                     log.warning("%s in %s not written yet: %s", key, self._bucket.name, error)
                     self._pending[key] = self._pending.pop(key)  # the others first
                     await asyncio.sleep(0.5)
                     continue
-                if self._pending.get(key) is value:
+                if key in self._pending and self._pending[key] is value:
                     del self._pending[key]
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from schemas import names
-from schemas.commands import Command, Register
+from schemas.commands import Command, Register, Unload
 from schemas.events import AgentStarted, AgentStopped, LeaderElected, WorkerDied
 from schemas.requests import CancelRequest, VerifyRequest
 from schemas.state import AgentStatus, LeaseRecord
@@ -75,7 +75,13 @@ class AgentControl:
         self.serving = Serving(bus, self.gpu, self.reporter, self.worker.send, self._freed)
         self.tokenizing = Tokenizing(bus, self.worker.send)
         self.operations = Operations(
-            self.gpu, self.reporter, self.worker.send, self._changed, self.serving.preempt
+            self.gpu,
+            self.reporter,
+            self.worker.send,
+            self._changed,
+            self.serving.preempt,
+            self.serving.end_all,
+            self.serving.hand_back,
         )
         self.outcomes = Outcomes(
             self.gpu,
@@ -85,6 +91,7 @@ class AgentControl:
             self.replicas,
             self._changed,
             self._open_replica,
+            self.publish_status,
         )
 
     def start_worker(self) -> None:
@@ -190,10 +197,16 @@ class AgentControl:
         if replica and command.generation < replica.generation:
             words = f"generation {command.generation} is older than {replica.generation}"
             await self.operations.reject(command, words)
+        elif replica and replica.is_leaving and not isinstance(command, Unload):
+            await self.operations.reject(command, "it is being unloaded")
         elif isinstance(command, Register):
             if replica is None or _may_change(replica, command):
                 replica = self.replicas[command.model] = Replica(command.spec, command.generation)
+            if replica.spec == command.spec:
+                replica.settings = command.settings
             await self.operations.register(command, replica)
+        elif replica is None and isinstance(command, Unload):
+            await self.operations.unloaded(command.model, command.generation, 0)
         elif replica is None:
             words = f"model {command.model!r} is not registered here"
             await self.operations.reject(command, words)
@@ -209,7 +222,11 @@ class AgentControl:
     # -- requests ------------------------------------------------------------------------
 
     async def _on_cancel(self, message: Message[CancelRequest]) -> None:
-        await self.serving.cancel(message.body.request_id)
+        cancel = message.body
+        if not cancel.gpu:
+            await self.serving.cancel(cancel.request_id)
+        elif cancel.gpu == self.gpu:
+            await self.serving.release(cancel.request_id)
 
     async def _freed(self, replica: Replica) -> None:
         """A slot is free: pull more, or swap out where that waits for the last one."""
@@ -235,6 +252,8 @@ class AgentControl:
     async def _on_worker_death(self, reason: str) -> None:
         self.ready = None
         self.outcomes.forget_memory()
+        for replica in [one for one in self.replicas.values() if one.is_leaving]:
+            await self.outcomes.forgotten(replica, 0)
         for replica in self.replicas.values():
             replica.stop_pulling()
             if replica.state != "failed":
@@ -265,9 +284,12 @@ class AgentControl:
                 if self._is_open:
                     await self._announce(message)
             case _:
-                await self.outcomes.on_answer(message, self.replicas[message.model])
+                if replica := self.replicas.get(message.model):  # else it is forgotten by now
+                    await self.outcomes.on_answer(message, replica)
                 if isinstance(message, ipc.Registered):
                     await self.tokenizing.open(message.model)
+                elif isinstance(message, ipc.Forgotten):
+                    await self.tokenizing.forget(message.model)
 
 
 def _may_change(replica: Replica, command: Register) -> bool:

@@ -3,14 +3,15 @@
 The two are separate processes so that a busy interpreter lock in the engine never delays
 the bus. They talk over one Unix stream socket: a 4-byte big-endian length, then msgpack.
 
-    control -> worker   Register  Load  SwapIn  SwapOut  Verify  Tokenize  Submit  Cancel  Shutdown
+    control -> worker   Register  Load  SwapIn  SwapOut  Forget  Verify  Tokenize
+                        Submit  Cancel  Shutdown
     worker -> control   Ready  Registered  LoadProgress  Loaded  Arriving  SwappedIn
-                        SwapInCancelled  SwappedOut  Unloaded  Verified  Corrupted  OpFailed
-                        TokenizeAnswered
+                        SwapInCancelled  SwappedOut  Unloaded  Forgotten  Verified  Corrupted
+                        OpFailed  TokenizeAnswered
                         Begun  Produced  Embedded  Done  Broke   (of a request; the last two end it)
 
-The worker answers every Register, Load and SwapOut exactly once, every SwapIn with Arriving and
-then exactly one of SwappedIn, SwapInCancelled and OpFailed (or with OpFailed alone), every
+The worker answers every Register, Load, SwapOut and Forget exactly once, every SwapIn with Arriving
+and then exactly one of SwappedIn, SwapInCancelled and OpFailed (or with OpFailed alone), every
 Verify with Verified, Corrupted or OpFailed, every Tokenize with TokenizeAnswered (in the order in
 which they came, but beside all else), and every Submit with exactly one Done or Broke.
 Nothing of a model is Produced or Embedded before its SwappedIn.
@@ -54,6 +55,12 @@ class SwapOut(msgspec.Struct, frozen=True, tag=True):
     preempt: bool = False
 
 
+class Forget(msgspec.Struct, frozen=True, tag=True):
+    """Drop the model's host image, and the model: it is registered no more. Not on the device."""
+
+    model: str
+
+
 class Verify(msgspec.Struct, frozen=True, tag=True):
     """Compare every page of the model's weights with what was loaded."""
 
@@ -78,7 +85,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 
 
 ToWorker: TypeAlias = (
-    Register | Load | SwapIn | SwapOut | Verify | Tokenize | Submit | Cancel | Shutdown
+    Register | Load | SwapIn | SwapOut | Forget | Verify | Tokenize | Submit | Cancel | Shutdown
 )
 
 
@@ -127,6 +134,14 @@ class Unloaded(msgspec.Struct, frozen=True, tag=True):
 
     model: str
     num_bytes: int
+
+
+class Forgotten(msgspec.Struct, frozen=True, tag=True):
+    """``num_bytes``: of the host image that was dropped, if there was one."""
+
+    model: str
+    num_bytes: int
+    memory: Memory
 
 
 class Arriving(msgspec.Struct, frozen=True, tag=True):
@@ -183,7 +198,7 @@ class OpFailed(msgspec.Struct, frozen=True, tag=True):
     """Nothing changed; ``reason`` names the cause and what to do."""
 
     model: str
-    op: Literal["register", "load", "swap_in", "swap_out", "verify"]
+    op: Literal["register", "load", "swap_in", "swap_out", "unload", "verify"]
     reason: str
 
 
@@ -241,6 +256,7 @@ FromWorker: TypeAlias = (
     | LoadProgress
     | Loaded
     | Unloaded
+    | Forgotten
     | Arriving
     | SwappedIn
     | SwapInCancelled

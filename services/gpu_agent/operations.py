@@ -7,6 +7,8 @@
                the same, called off on its way     swapping_in -> draining -> ...
                the same, but its requests are      resident -> swapping_out -> host
                suspended: preempt                  swapping_in, draining -> swapping_out -> ...
+               the same, but its requests are ended with an error: end_requests
+    Unload     drop the image, forget the model    host, cold, failed -> gone
 
 A command begins one operation of the worker, and is answered by an event when the worker is
 done. Commands are idempotent: one for what is under way adds nothing, one for what is so
@@ -23,11 +25,12 @@ from typing import Literal, TypeAlias
 
 from opentelemetry.context import Context
 
-from schemas.commands import Command, Load, Register, SwapIn, SwapOut
+from schemas.commands import Command, Load, Register, SwapIn, SwapOut, Unload
 from schemas.events import (
     CommandRejected,
     ModelLoaded,
     ModelRegistered,
+    ModelUnloaded,
     SwapInCompleted,
     SwapOutCompleted,
 )
@@ -38,13 +41,20 @@ from services.gpu_agent.reporter import Reporter
 
 log = logging.getLogger(__name__)
 
-Op: TypeAlias = Literal["register", "load", "swap_in", "swap_out"]
-_OPS: dict[type, Op] = {Register: "register", Load: "load", SwapIn: "swap_in", SwapOut: "swap_out"}
+Op: TypeAlias = Literal["register", "load", "swap_in", "swap_out", "unload"]
+_OPS: dict[type, Op] = {
+    Register: "register",
+    Load: "load",
+    SwapIn: "swap_in",
+    SwapOut: "swap_out",
+    Unload: "unload",
+}
 
 
 class Operations:
     """Carries out commands. ``send``: to the worker; ``changed``: tell everybody; ``preempt``: a
-    replica leaves with its requests.
+    replica leaves with its requests; ``end_all``: its requests end with an error,
+    for the reason that is given; ``hand_back``: they go back to the queue.
 
     ``contexts``: model -> trace context of what it works on.
     """
@@ -56,6 +66,8 @@ class Operations:
         send: Callable[[ipc.ToWorker], None],
         changed: Callable[[Replica], Awaitable[None]],
         preempt: Callable[[Replica], Awaitable[None]],
+        end_all: Callable[[Replica, str], Awaitable[None]],
+        hand_back: Callable[[Replica], Awaitable[None]],
     ) -> None:
         self.contexts: dict[str, Context] = {}
         self._gpu = gpu
@@ -63,6 +75,8 @@ class Operations:
         self._send = send
         self._changed = changed
         self._preempt = preempt
+        self._end_all = end_all
+        self._hand_back = hand_back
 
     async def register(self, command: Register, replica: Replica) -> None:
         replica.generation = command.generation
@@ -78,7 +92,7 @@ class Operations:
         self._send(ipc.Register(replica.spec))
 
     async def execute(
-        self, command: Load | SwapIn | SwapOut, replica: Replica, context: Context
+        self, command: Load | SwapIn | SwapOut | Unload, replica: Replica, context: Context
     ) -> None:
         replica.generation = command.generation
         where = (self._gpu, command.model, command.generation, time.time())
@@ -101,16 +115,29 @@ class Operations:
                 replica.drain_started_at = time.time()
                 replica.move("draining")
                 replica.stop_pulling()
+                if command.end_requests:
+                    await self._end_all(replica, command.end_requests)
                 if _may_preempt(command, replica):
                     await self._swap_out(replica, preempt=True)
                 else:
                     await self._changed(replica)
                     await self.swap_out_if_drained(replica)
+            case SwapOut(end_requests=reason), "draining" if reason:
+                await self._end_all(replica, reason)
+                await self.swap_out_if_drained(replica)
             case SwapOut(), "draining" if _may_preempt(command, replica):
                 await self._swap_out(replica, preempt=True)
             case SwapOut(), "host":
                 trace = SwapTrace(started_at=time.time())
                 await self._reporter.event(SwapOutCompleted(*where, trace, len(replica.in_flight)))
+            case Unload(), "host" | "cold" | "failed":
+                if command.end_requests:
+                    await self._end_all(replica, command.end_requests)
+                else:
+                    await self._hand_back(replica)
+                if not replica.is_leaving:
+                    replica.is_leaving = True
+                    self._send(ipc.Forget(command.model))
             case (
                 (Load(), "loading")
                 | (SwapIn(), "swapping_in")
@@ -121,6 +148,12 @@ class Operations:
                 await self.reject(command, f"the replica failed: {replica.reason}")
             case _:
                 await self.reject(command, f"the replica is {replica.state}")
+
+    async def unloaded(self, model: str, generation: int, num_bytes: int) -> None:
+        """Say that ``model`` is not known here any more."""
+        await self._reporter.event(
+            ModelUnloaded(self._gpu, model, generation, time.time(), num_bytes)
+        )
 
     async def reject(self, command: Command, reason: str) -> None:
         kind = _OPS[type(command)]
@@ -148,7 +181,7 @@ class Operations:
         await self._changed(replica)
 
 
-def _may_preempt(command: Load | SwapIn | SwapOut, replica: Replica) -> bool:
+def _may_preempt(command: Load | SwapIn | SwapOut | Unload, replica: Replica) -> bool:
     """Whether the command says so, and the model's settings allow it."""
     asked = isinstance(command, SwapOut) and command.preempt
     return asked and replica.spec.preemption != "drain"

@@ -45,6 +45,7 @@ Answer: TypeAlias = (
     | ipc.LoadProgress
     | ipc.Loaded
     | ipc.Unloaded
+    | ipc.Forgotten
     | ipc.Arriving
     | ipc.SwappedIn
     | ipc.SwapInCancelled
@@ -68,7 +69,7 @@ _AFTER_FAILURE: Final[dict[Literal["register", "load", "swap_in", "swap_out"], R
 
 class Outcomes:
     """Moves the ``replicas`` of one GPU. ``changed``: tell everybody; ``open_replica``: it may
-    take requests.
+    take requests; ``status``: say what is here.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Outcomes:
         replicas: dict[str, Replica],
         changed: Callable[[Replica], Awaitable[None]],
         open_replica: Callable[[Replica], None],
+        status: Callable[[], Awaitable[None]],
     ) -> None:
         self.memory = _NOTHING  # as the worker last said
         self._gpu = gpu
@@ -89,6 +91,7 @@ class Outcomes:
         self._replicas = replicas
         self._changed = changed
         self._open_replica = open_replica
+        self._status = status
 
     async def on_answer(self, answer: Answer, replica: Replica) -> None:
         """An operation moved on: update the table, then tell everybody."""
@@ -117,6 +120,10 @@ class Outcomes:
                     telemetry.SPAN_LOAD, context, now - load_s, now, model, num_bytes=num_bytes
                 )
                 await self._reporter.event(ModelLoaded(*where, num_bytes, load_s))
+            case ipc.Forgotten(_, num_bytes, memory):
+                self._note_memory(memory)
+                await self.forgotten(replica, num_bytes)
+                return
             case ipc.Unloaded() if replica.state != "host":
                 # A swap-in is on its way to the worker, and will fail.
                 replica.lost_image, replica.after_loss = _UNLOADED, "cold"
@@ -165,6 +172,15 @@ class Outcomes:
                 await self._failed(answer, replica)
         await self._changed(replica)
 
+    async def forgotten(self, replica: Replica, num_bytes: int) -> None:
+        """Nothing of ``replica`` is here any more."""
+        model = replica.spec.name
+        del self._replicas[model]
+        self._operations.contexts.pop(model, None)
+        self._reporter.forget_residency(model)
+        await self._operations.unloaded(model, replica.generation, num_bytes)
+        await self._status()
+
     async def _swapped_in(
         self, replica: Replica, trace: SwapTrace, context: Context | None
     ) -> None:
@@ -188,6 +204,11 @@ class Outcomes:
         op, reason = answer.op, answer.reason
         log.error("%s of %s failed: %s", op, answer.model, reason)
         if op == "verify":
+            return
+        if op == "unload":
+            replica.is_leaving = False
+            where = (self._gpu, answer.model, replica.generation, time.time())
+            await self._reporter.event(CommandFailed(*where, op, reason))
             return
         if op == "swap_out" and replica.state != "swapping_out":
             return  # it is out already: the swap-in that it was to call off had failed

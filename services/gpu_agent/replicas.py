@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from schemas.names import RequestClass
 from schemas.state import (
     ModelFacts,
     ModelSpec,
@@ -42,6 +43,8 @@ class Replica:
     decided_at: float = 0.0  # first command for that waiter; 0: unknown
     awaits_first_token: bool = False  # since the last swap-in
     cached_bytes: int = 0  # of its weights, still on the device though swapped out
+    settings: str = ""  # fingerprint of ``spec``, as the scheduler told it
+    is_leaving: bool = False  # the worker is told to forget it
     lost_image: str = ""  # why the worker dropped its image under a swap-in, whose end is to come
     after_loss: ReplicaState = "cold"  # what it is then
     num_corruptions: int = 0  # how often its weights were not what was loaded
@@ -49,6 +52,8 @@ class Replica:
     drain_started_at: float = 0.0
     pull: Pull | None = None  # while it may take requests
     in_flight: set[str] = field(default_factory=set)  # request ids admitted here; suspended in host
+    # Those of them that are of class batch, the newest last.
+    batch_in_flight: dict[str, None] = field(default_factory=dict)
     changed_at: float = field(default_factory=time.time)
 
     @property
@@ -56,11 +61,13 @@ class Replica:
         """Whether its batch takes requests: resident, or about to be."""
         return self.state == "resident" or self.is_arriving
 
-    @property
-    def num_free(self) -> int:
-        """Requests that may join the batch now."""
+    def num_free(self, klass: RequestClass) -> int:
+        """Requests that may join the batch now. Interactive ones take the slots of the others."""
         most = self.facts.max_batch if self.facts else 0
-        return max(0, most - len(self.in_flight)) if self.is_open else 0
+        taken = len(self.in_flight)
+        if klass == "interactive":
+            taken -= len(self.batch_in_flight)
+        return max(0, most - taken) if self.is_open else 0
 
     def move(self, state: ReplicaState, reason: str = "") -> None:
         self.state = state
@@ -90,6 +97,8 @@ class Replica:
             facts=self.facts,
             reason=self.reason,
             cached_bytes=self.cached_bytes,
+            settings=self.settings,
+            batch_in_flight=len(self.batch_in_flight),
         )
 
     def residency(self, gpu: str) -> ResidencyRecord:

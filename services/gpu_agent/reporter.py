@@ -43,6 +43,10 @@ class Reporter:
         """Have ``record`` written to HS_RESIDENCY soon."""
         self.residency_writer.put(names.replica_key(self._gpu, record.model), record)
 
+    def forget_residency(self, model: str) -> None:
+        """Have its record deleted soon."""
+        self.residency_writer.delete(names.replica_key(self._gpu, model))
+
     async def clear_residency(self) -> None:
         """Forget what an earlier run of this agent left."""
         for key, record in (await self._bucket.items()).items():

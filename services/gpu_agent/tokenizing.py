@@ -44,6 +44,11 @@ class Tokenizing:
             tokenize_subject(model), self._on_question, queue=TOKENIZE_GROUP
         )
 
+    async def forget(self, model: str) -> None:
+        """The worker does not know ``model`` any more."""
+        if model in self._open:
+            await self._open.pop(model)()
+
     async def close(self) -> None:
         """The agent ends: leave questions to others; what waits here is told to go to them."""
         for model in list(self._open):

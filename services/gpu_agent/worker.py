@@ -154,6 +154,8 @@ class Worker:
                 return [self._engine.swap_in(model)]
             case ipc.SwapOut(model, preempt):
                 return self._engine.swap_out(model, preempt)
+            case ipc.Forget(model):
+                return [self._engine.forget(model)]
             case ipc.Verify(model):
                 return self._engine.verify(model)
             case ipc.Tokenize():

@@ -76,4 +76,6 @@ def suspended_images(agent: Agent) -> list[Replica]:
 def _is_ahead(state: ClusterState, model: str, of: str) -> bool:
     if model not in state.waiting:
         return False
+    if of not in state.waiting:  # who waits goes before what is only wished for
+        return True
     return state.waiting[model].order < state.waiting[of].order

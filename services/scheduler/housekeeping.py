@@ -4,7 +4,7 @@ Register what agents do not know, give up silent agents, try failed replicas aga
 no answer, swap out what its time to live says, preload, prefetch.
 """
 
-from schemas.commands import Command, Load, Register, SwapIn, SwapOut
+from schemas.commands import Command, Load, Register, SwapIn, SwapOut, Unload
 from services.scheduler import host_memory, policy, prefetch, reasons
 from services.scheduler.inputs import Input, Tick
 from services.scheduler.lifecycle import CommandKind
@@ -58,6 +58,7 @@ def _repeat_unanswered(state: ClusterState, now: float) -> list[Command]:
             waiting_since=replica.pending.waiting_since,
             decided_at=replica.pending.decided_at,
             preempt=replica.pending.preempt,
+            end_requests=replica.pending.end_requests,
             is_unasked=replica.pending.is_unasked,
             is_prefetch=replica.pending.is_prefetch,
         )
@@ -145,6 +146,7 @@ def command(
     waiting_since: float = 0.0,
     decided_at: float = 0.0,
     preempt: bool = False,
+    end_requests: str = "",
     is_unasked: bool = False,
     is_prefetch: bool = False,
 ) -> Command:
@@ -168,14 +170,19 @@ def command(
         preempt,
         is_unasked,
         is_prefetch,
+        end_requests,
     )
     where = (replica.gpu, replica.model, state.epoch, replica.generation)
     match kind:
         case "register":
-            return Register(*where, state.deployments[replica.model])
+            replica.is_stale = False
+            spec = state.deployments[replica.model]
+            return Register(*where, spec.for_agents(), state.fingerprint(replica.model))
         case "load":
             return Load(*where, request_id)
         case "swap_in":
             return SwapIn(*where, request_id, waiting_since, decided_at)
         case "swap_out":
-            return SwapOut(*where, request_id, preempt)
+            return SwapOut(*where, request_id, preempt, end_requests)
+        case "unload":
+            return Unload(*where, end_requests)

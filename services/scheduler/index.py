@@ -112,6 +112,18 @@ class Index:
         changed.agents[gpu] = None
         changed.preloads[gpu] = None
 
+    def forget(self, replica: "Replica") -> None:
+        """It is no more."""
+        key, places = replica.life.name, self.of(replica.model)
+        for shelf in (self.pending, self.arriving, self.troubled, self.unregistered, self.large):
+            shelf.pop(key, None)
+        for place in places.all():
+            place.pop(replica.gpu, None)
+        if not any(places.all()):
+            del self.places[replica.model]
+        self.changed.turns[replica.model] = None
+        self.changed.agents[replica.gpu] = None
+
     def busy_changed(self, replica: "Replica") -> None:
         """``replica`` got its first request, or lost its last one."""
         if replica.state == "host":

@@ -24,12 +24,22 @@ def faults(state: "ClusterState") -> list[str]:
             wrong.append(f"{agent.gpu}: {held} exceeds budget of {agent.budget_bytes} bytes")
         for model, replica in agent.replicas.items():
             wrong += replica_faults(agent.gpu, model, replica)
-        groups = [state.group(r.model) for r in agent.device.values() if r.serves]
+        groups = [
+            state.group(r.model)
+            for r in agent.device.values()
+            if r.serves and r.model not in state.unwelcome  # else it is told to leave
+        ]
         wrong += [
             f"{agent.gpu}: two models of group {group!r} at a time"
             for group in dict.fromkeys(groups)
             if group and groups.count(group) > 1
         ]
+    wrong += [
+        f"{key} of {model!r}, which is not deployed"
+        for key in ("moves", "wishes", "with_ttl", "fingerprints")
+        for model in getattr(state, key)
+        if model not in state.deployments
+    ]
     wrong += _line_faults(state)
     wrong += _plan_faults(state)
     wrong += _index_faults(state)

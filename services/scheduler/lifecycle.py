@@ -26,7 +26,8 @@ the agent it may have been done by then, so from here on it is a swap-out like a
 A swap-out that preempts takes the same path, but does not stay in ``draining``: what runs is
 suspended, and the replica is ``host`` with requests in flight. Those go on after its next swap-in,
 on this GPU alone; should the agent lose the image or the worker, they are back in the queue.
-``unloaded`` is the agent's own doing: it drops host images to make room for others.
+``unloaded`` is the agent's own doing, where it drops host images to make room for others, or the
+answer to ``unload``: then the agent has forgotten the model, and it is to be registered anew.
 
 Before ``cold`` there is a stage that the agent has no state for: the model is not registered,
 so nobody knows what it needs. It is ``cold`` with ``Replica.facts is None`` here too; a pending
@@ -44,13 +45,13 @@ from typing import Literal, TypeAlias
 
 from schemas.state import ReplicaState
 
-CommandKind: TypeAlias = Literal["register", "load", "swap_in", "swap_out"]
-PathKind: TypeAlias = CommandKind | Literal["unload"]  # the agent unloads uncommanded
+CommandKind: TypeAlias = Literal["register", "load", "swap_in", "swap_out", "unload"]
 Cause: TypeAlias = Literal[
     "register",
     "load",
     "swap_in",
     "swap_out",
+    "unload",
     "registered",
     "loaded",
     "swapped_in",
@@ -61,6 +62,7 @@ Cause: TypeAlias = Literal[
     "load_failed",
     "swap_in_failed",
     "swap_out_failed",
+    "unload_failed",
     "lost",
 ]
 
@@ -70,10 +72,19 @@ TRANSITIONS: dict[ReplicaState, dict[Cause, ReplicaState]] = {
         "registered": "cold",
         "register_failed": "failed",
         "load": "loading",
+        "unload": "cold",
+        "unloaded": "cold",
+        "unload_failed": "cold",
         "lost": "cold",
     },
     "loading": {"loaded": "host", "load_failed": "failed", "lost": "cold"},
-    "host": {"swap_in": "swapping_in", "unloaded": "cold", "lost": "cold"},
+    "host": {
+        "swap_in": "swapping_in",
+        "unload": "host",
+        "unloaded": "cold",
+        "unload_failed": "host",
+        "lost": "cold",
+    },
     "swapping_in": {
         "swapped_in": "resident",
         "swap_in_failed": "failed",
@@ -88,17 +99,17 @@ TRANSITIONS: dict[ReplicaState, dict[Cause, ReplicaState]] = {
         "lost": "cold",
     },
     "swapping_out": {"swapped_out": "host", "swap_out_failed": "resident", "lost": "cold"},
-    "failed": {"register": "cold", "lost": "cold"},
+    "failed": {"register": "cold", "unload": "cold", "lost": "cold"},
 }
 
 # The states one command leads through, in order. Within one generation an agent only goes
 # forward along its path, so a status that shows an earlier state than ours was sent earlier.
-PATHS: dict[PathKind, tuple[ReplicaState, ...]] = {
+PATHS: dict[CommandKind, tuple[ReplicaState, ...]] = {
     "register": ("cold",),
     "load": ("cold", "loading", "host"),
     "swap_in": ("host", "swapping_in", "resident"),
     "swap_out": ("swapping_in", "resident", "draining", "swapping_out", "host"),
-    # Uncommanded, it shares its generation with the load or swap-out before it.
+    # Where the agent unloads uncommanded, that shares its generation with what came before it.
     "unload": ("loading", "swapping_in", "resident", "draining", "swapping_out", "host", "cold"),
 }
 
@@ -107,12 +118,14 @@ COMPLETED: dict[CommandKind, Cause] = {
     "load": "loaded",
     "swap_in": "swapped_in",
     "swap_out": "swapped_out",
+    "unload": "unloaded",
 }
 FAILED: dict[CommandKind, Cause] = {
     "register": "register_failed",
     "load": "load_failed",
     "swap_in": "swap_in_failed",
     "swap_out": "swap_out_failed",
+    "unload": "unload_failed",
 }
 
 # Where a replica may be while a command is unanswered.
@@ -121,6 +134,7 @@ PENDING_STATES: dict[CommandKind, tuple[ReplicaState, ...]] = {
     "load": ("loading",),
     "swap_in": ("swapping_in",),
     "swap_out": ("draining", "swapping_out"),
+    "unload": ("host", "cold"),
 }
 
 # Device memory is counted in these; in the last two it is on its way out.
@@ -154,7 +168,7 @@ def begins_at(kind: CommandKind, state: ReplicaState) -> bool:
     return kind in TRANSITIONS[state]
 
 
-def is_behind(kind: PathKind | None, ours: ReplicaState, theirs: ReplicaState) -> bool:
+def is_behind(kind: CommandKind | None, ours: ReplicaState, theirs: ReplicaState) -> bool:
     """Whether ``theirs`` comes before ``ours`` on the path of the last command."""
     path = PATHS[kind] if kind else ()
     return ours in path and theirs in path and path.index(theirs) < path.index(ours)

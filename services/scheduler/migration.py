@@ -48,7 +48,7 @@ def go_on(state: ClusterState, now: float) -> list[Command]:
                 reasons.note_moved(state, source, move.gpu, now)
                 eviction.note_eviction(state, source)
                 commands.append(command(state, source, "swap_out", now))
-        elif target.state != "swapping_in" and now - move.at > _GIVE_UP_S:
+        elif target.state != "swapping_in" and now > (move.until or move.at + _GIVE_UP_S):
             state.drop_move(move.model)
     return commands
 

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from services.scheduler import host_memory
+from services.scheduler import batches, host_memory
 from services.scheduler.index import FEW
 from services.scheduler.lifecycle import LEAVING_STATES
 from services.scheduler.replica import Agent, Replica
@@ -21,11 +21,13 @@ from services.scheduler.state import ClusterState
 from services.scheduler.turns import Turn
 from services.scheduler.victims import (
     arrival_s,
+    batch_victims,
     busy_victims,
     choose_victims,
     idle_victims,
     image_bytes,
     is_kept,
+    is_quick,
     num_made_late,
     slack_victims,
 )
@@ -38,7 +40,6 @@ _PRESSURE_S = 0.5  # what a GPU whose memory is all in use costs a newcomer, in 
 _ROW_S = 0.001  # and each request that runs there
 _HURRY = 1.5  # who is due within so many times what its swap-in takes is in a hurry
 _HURRY_BACK = 3.0  # the same of suspended requests; until then they leave the link to others
-_CHEAP = 20.0  # swap-ins in a run quantum: where so many fit, coming back soon costs nothing
 _PATIENCE = 20.0  # swap-ins: where they are slow, who waits longest must wait longer
 _RETURN_S = 10.0  # a model that was idle for less is as likely as not wanted again soon
 
@@ -96,6 +97,7 @@ def can_host(agent: Agent, replica: Replica, now: float) -> bool:
     return (
         replica.facts is not None
         and (state == "cold" or (state == "host" and not host_memory.is_dropping(agent)))
+        and (not replica.is_stale or replica.is_suspended)  # what is suspended ends as it began
         and replica.is_settled
         and replica.footprint_bytes <= agent.budget_bytes
         and (replica.failure is None or replica.failure.retry_at <= now)
@@ -108,7 +110,8 @@ def is_loading_for_waiters(state: ClusterState, agent: Agent) -> bool:
 
 
 def is_overdue(state: ClusterState, turn: Turn, now: float) -> bool:
-    return now - turn.since > state.config.run_quantum_s
+    since = turn.waits_since if turn.is_batch else turn.since
+    return now - since > state.config.run_quantum_s
 
 
 def to_call_off(state: ClusterState, replica: Replica) -> bool:
@@ -161,9 +164,9 @@ def candidates(state: ClusterState, turn: Turn) -> list[Agent]:
     usable = state.index.usable
     spec = state.deployments.get(turn.model)
     allowed = spec.gpus if spec else ()
-    if turn.gpu or allowed:
+    if turn.gpu or allowed:  # suspended ones go on where they are, whatever is allowed by now
         named = (turn.gpu,) if turn.gpu else allowed
-        return [usable[gpu] for gpu in named if gpu in usable and (not allowed or gpu in allowed)]
+        return [usable[gpu] for gpu in named if gpu in usable]
     if len(usable) <= MOST_GPUS:
         return list(usable.values())
     places = state.index.of(turn.model)
@@ -200,7 +203,7 @@ def weigh(
        quantum if the turn has waited for very long, or if they serve only who has had more than a
        fair share and the turn is for others, and soon due: evict. They are preempted: their
        requests are suspended, and wait for their own turn. Those of a deployment that must not be
-       interrupted are drained.
+       interrupted are drained. Victims that serve only requests of class batch always can.
     6. no host image, and no room in sight: load, so that it is ready when there is.
     7. host image there, overdue: claim.
     8. no host image, and host memory is full of images of models on the device or with suspended
@@ -211,11 +214,15 @@ def weigh(
     4, 6 and 8 only while it is not being loaded anywhere, 6 and 8 only if it has no host image
     at all, and 4 and 6 only where host memory has room or images that may be dropped. Nothing
     is loaded where another waiting model's load still runs. Where nobody waits (another replica
-    of a model that is served, a pinned one) 1 to 3 only: it is not worth hurting anybody.
+    of a model that is served, a pinned one) 1 to 3 only: it is not worth hurting anybody. What an
+    operator asked for may be loaded besides, with nobody but idle ones making room.
     """
     places = state.index.of(turn.model)
     may_load = not any(r.agent.is_usable for r in places.loading.values())
     has_image = any(r.agent.is_usable for r in places.host.values())
+    if turn.is_asked and turn.gpu:  # nowhere else will do
+        may_load, has_image = turn.gpu not in places.loading, turn.gpu in places.host
+    is_loadable = may_load and (turn.is_asked or not turn.is_extra)
     overdue = is_overdue(state, turn, now)
     options: list[Option] = []
     for agent in candidates(state, turn):
@@ -227,7 +234,8 @@ def weigh(
         claimed = agent.budget_bytes if is_closed else claims.get(agent.gpu, 0)
         claimed += agent.planned_bytes
         deficit = replica.footprint_bytes + claimed - free - agent.leaving_bytes
-        idle = _leaving_for(state, replica, turn, idle_victims(state, agent, now), now)
+        idle = batches.not_wanted_for_long(state, turn, idle_victims(state, agent, now), now)
+        idle = _leaving_for(state, replica, turn, idle, now)
         rivals_there = rivals(state, replica)
         victims = _choose(idle, rivals_there, deficit)
         action: Action
@@ -243,7 +251,9 @@ def weigh(
             elif turn.is_extra:
                 continue
             else:
+                batch = [] if turn.is_batch else batch_victims(state, agent, now)
                 busy = _preemptible(state, agent, replica, turn, now)
+                busy = [*batch, *(r for r in busy if r not in batch)]
                 busy = _leaving_for(state, replica, turn, busy, now)
                 victims = _choose([*idle, *busy], rivals_there, deficit) if busy else None
                 if victims is not None and _is_worth_it(state, agent, replica, turn, victims, now):
@@ -252,7 +262,7 @@ def weigh(
                     rank, action = 7, "claim"
                 else:
                     continue
-        elif may_load and not turn.is_extra and not is_loading_for_waiters(state, agent):
+        elif is_loadable and not is_loading_for_waiters(state, agent):
             if has_image and victims is None:
                 continue
             shortage = host_memory.shortage(state, agent, replica)
@@ -261,11 +271,12 @@ def weigh(
             elif has_image:
                 continue
             else:
-                busy = busy_victims(state, agent, now) if overdue else []
-                last = host_memory.suspended_images(agent) if overdue else []
+                is_urgent = overdue and not turn.is_extra
+                busy = busy_victims(state, agent, now) if is_urgent else []
+                last = host_memory.suspended_images(agent) if is_urgent else []
                 shortage -= host_memory.leaving_bytes(agent)
                 victims = choose_victims([*idle, *busy, *last], shortage, image_bytes)
-                if victims is None and not overdue:
+                if victims is None and not is_urgent:
                     continue
                 rank, action = 8, "make_room"
         else:
@@ -293,10 +304,10 @@ def _preemptible(
     """Busy replicas that may be preempted for ``turn``, the first to leave first."""
     config = state.config
     waited_s = now - turn.since
-    if config.preemption == "off":
+    if config.preemption == "off" or batches.is_put_back(turn, now):
         return []
     swap_s = newcomer.swap_in_s
-    if turn.request_id or _CHEAP * swap_s <= config.run_quantum_s:
+    if turn.request_id or is_quick(state, swap_s):
         has_time, hurry_s = waited_s < config.preempt_after_s, _HURRY * swap_s
     else:  # who is suspended has time until it is due: coming back sooner only moves bytes
         has_time, hurry_s = True, _HURRY_BACK * swap_s
@@ -319,7 +330,9 @@ def _leaving_for(
     """Of those that are ``able`` to leave the ones that do so for ``newcomer``: a GPU that is kept
     for large models is open to smaller ones only when these have waited for very long.
     """
-    kept = [r for r in able if is_kept(state, newcomer, r, now)]
+    kept = [
+        r for r in able if is_kept(state, newcomer, r, now) and not batches.is_batch_only(state, r)
+    ]
     if not kept or (not turn.is_extra and _is_starving(state, newcomer, turn, now)):
         return able
     return [r for r in able if r not in kept]

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 from schemas.decisions import Candidate, DecisionAction, Urgency, Victim
 from schemas.events import DecisionMade
-from services.scheduler import policy, waits
+from services.scheduler import batches, policy, waits
 from services.scheduler.replica import Replica
 from services.scheduler.state import ClusterState
 from services.scheduler.turns import Turn
-from services.scheduler.victims import may_preempt, quantum_s
+from services.scheduler.victims import may_preempt, quantum_s, takes_turns
 
 MOST_CANDIDATES = 8
 MOST_VICTIMS = 64
@@ -100,9 +100,18 @@ def note_cut_drain(state: ClusterState, victim: Replica, now: float) -> None:
 
 def note_ttl(state: ClusterState, replica: Replica, now: float) -> None:
     """Nobody wanted ``replica`` for the time that its settings name."""
+    if state.deployments[replica.model].drained:
+        words = "it is drained, and the last of its requests has ended"
+        _note(state, _nobody(replica.model), replica.gpu, "swap_out", words, now)
+        return
     idle_s = now - max(replica.last_used, replica.resident_since)
     words = f"nobody wanted it for {idle_s:.1f} s (ttl_s = {state.with_ttl[replica.model]:g})"
     _note(state, _nobody(replica.model), replica.gpu, "swap_out", words, now)
+
+
+def note_must_leave(state: ClusterState, replica: Replica, why: str, now: float) -> None:
+    """It is told to leave for no other model's sake."""
+    _note(state, _nobody(replica.model), replica.gpu, "swap_out", why, now)
 
 
 def note_prefetch(state: ClusterState, replica: Replica, now: float) -> None:
@@ -223,7 +232,11 @@ def _why(state: ClusterState, turn: Turn, best: policy.Option, num_options: int,
 def _why_unasked(state: ClusterState, model: str) -> str:
     if state.is_pinned(model):
         return "it is pinned"
-    if move := state.moves.get(model):
+    if model in state.wishes:
+        return "an operator asked for it"
+    if (move := state.moves.get(model)) and move.until:
+        return f"an operator moves it off {move.source}"
+    if move:
         return f"it moves off {move.source}, where too much runs to meet its targets"
     first_s, crowd = state.tempo(model).first_s, state.config.crowd
     return f"each of its replicas runs {crowd} requests or more, first tokens take {first_s:.2f} s"
@@ -258,9 +271,14 @@ def _why_busy(state: ClusterState, turn: Turn, best: policy.Option, now: float) 
     busy = [victim for victim in victims if not state.is_idle(victim)]
     tightest = min(busy or victims, key=lambda victim: state.slack_s(victim, now))
     slack_s = state.slack_s(tightest, now)
+    if batches.is_batch_only(state, tightest):
+        return f"{tightest.model} serves only requests of class batch"
     if slack_s < state.config.run_quantum_s and state.yields(tightest):
         return f"{tightest.model} serves only who has had more than a fair share lately"
     if slack_s < state.config.run_quantum_s:
+        if takes_turns(state, agent.replicas[turn.model], tightest):
+            stayed_s = quantum_s(state, tightest)
+            return f"it had {stayed_s:.1f} s there, and swaps are so quick that models take turns"
         return f"it waits for {now - turn.since:.1f} s, too long to ask for slack"
     return (
         f"it had {quantum_s(state, tightest):.1f} s there, and its answers can wait {slack_s:.1f} s"

@@ -42,7 +42,7 @@ from services.scheduler.lifecycle import (
 from services.scheduler.replica import Agent, Failure, Replica
 from services.scheduler.state import PolicyConfig
 
-COMMAND_ORDER: tuple[CommandKind, ...] = ("register", "load", "swap_in", "swap_out")
+COMMAND_ORDER: tuple[CommandKind, ...] = ("unload", "register", "load", "swap_in", "swap_out")
 
 
 def absorb_status(agent: Agent, status: AgentStatus, config: PolicyConfig, now: float) -> bool:
@@ -115,6 +115,7 @@ def adopt(replica: Replica, theirs: ReplicaStatus, now: float, why: str) -> None
     replica.generation = max(replica.generation, theirs.generation)
     replica.floor = theirs.generation
     replica.in_flight = theirs.in_flight
+    replica.batch_in_flight = theirs.batch_in_flight
     replica.facts = theirs.facts or (replica.facts if theirs.state in DEVICE_STATES else None)
     replica.pending = None
     replica.may_stray = False
@@ -150,7 +151,9 @@ def _judge(
     if theirs.generation > replica.generation:
         adopt(replica, theirs, now, "commanded by an earlier leader")
         return
-    in_flight, replica.in_flight = replica.in_flight, theirs.in_flight
+    in_flight, batch_in_flight = replica.in_flight, replica.batch_in_flight
+    replica.in_flight = theirs.in_flight
+    replica.batch_in_flight = theirs.batch_in_flight
     # 2. Accepted but unanswered.
     if pending is not None and pending.kind == "register":
         if theirs.facts is not None and theirs.state != "failed":
@@ -184,6 +187,7 @@ def _judge(
         _dispute(replica, theirs, config, now)
     elif is_behind(replica.last_kind, replica.state, theirs.state):
         replica.in_flight = in_flight
+        replica.batch_in_flight = batch_in_flight
         _dispute(replica, theirs, config, now)
     else:
         adopt(replica, theirs, now, "the agent knows better")
@@ -209,6 +213,10 @@ def finish(replica: Replica, kind: CommandKind, now: float) -> None:
         replica.last_used = now
     elif kind in ("load", "swap_out"):
         replica.host_since = now
+    elif kind == "unload":  # the agent has forgotten it
+        replica.facts = None
+        replica.in_flight = 0
+        replica.is_stale = False
     _forgive(replica, kind)
 
 
@@ -229,7 +237,8 @@ def fail(
         reason=reason or f"{kind} failed, and the agent gave no reason",
         num_failures=num_failures,
         retry_at=now + wait_s,
-        is_visible=kind != "swap_out",  # a replica that can not leave still serves
+        # A replica that can not leave still serves.
+        is_visible=kind not in ("swap_out", "unload"),
     )
 
 

@@ -34,7 +34,6 @@ from services.scheduler.lifecycle import (
     LEAVING_STATES,
     CommandKind,
     Lifecycle,
-    PathKind,
 )
 
 NUM_PAST_INSTANCES = 16
@@ -55,6 +54,7 @@ class Pending:
     preempt: bool = False  # of a swap-out
     is_unasked: bool = False  # a swap-in that nobody waits for: pinned, or one replica more,
     is_prefetch: bool = False  # or a guess
+    end_requests: str = ""  # of a swap-out or an unload: why its requests are ended
 
 
 @dataclass(slots=True)
@@ -75,6 +75,7 @@ class Replica:
     """One deployment on one GPU, as believed."""
 
     __slots__ = (
+        "_batch_in_flight",
         "_believe_at",
         "_cached_bytes",
         "_facts",
@@ -82,6 +83,8 @@ class Replica:
         "_in_flight",
         "_pending",
         "agent",
+        "batch_late_at",
+        "came_late",
         "counted_image_bytes",
         "decided_at",
         "floor",
@@ -89,6 +92,7 @@ class Replica:
         "generation",
         "gpu",
         "host_since",
+        "is_stale",
         "last_kind",
         "last_used",
         "life",
@@ -106,10 +110,13 @@ class Replica:
         self.agent = agent
         self.gpu = agent.gpu
         self.model = model
-        self.generation = 0  # of the last command; grows only
-        self.floor = 0  # a status or event below this generation is about the past
+        self.generation = agent.last_generation  # of the last command; grows only
+        self.floor = (
+            agent.last_generation
+        )  # a status or event below this generation is about the past
         self.footprint_bytes = 0  # device bytes while resident; 0: not registered
-        self.last_kind: PathKind | None = None  # what the state is the outcome of
+        self.last_kind: CommandKind | None = None  # what the state is the outcome of
+        self.is_stale = False  # registered with other settings than are wanted now
         self.may_stray = False  # a command to an instance that ended may yet reach the next one
         self.last_used = 0.0
         self.num_uses = 0  # requests since it came in
@@ -125,7 +132,12 @@ class Replica:
         self.counted_image_bytes = 0  # as the agent's sum has it
         self._believe_at: float | None = None
         self._facts: ModelFacts | None = None
+        # Of class batch (`services.scheduler.batches`): when the last one that started here is no
+        # more put back, and whether it was brought in for such as had waited for very long.
+        self.batch_late_at = 0.0
+        self.came_late = False
         self._in_flight = 0
+        self._batch_in_flight = 0
         self._cached_bytes = 0
         self._pending: Pending | None = None
         self._failure: Failure | None = None
@@ -163,8 +175,21 @@ class Replica:
     @in_flight.setter
     def in_flight(self, num: int) -> None:
         was, self._in_flight = self._in_flight, num
+        if num == 0:
+            self._batch_in_flight = 0
         if (was > 0) != (num > 0):
             keep(self.agent.suspended, self.model, self, self.is_suspended)
+            self.agent.index.busy_changed(self)
+
+    @property
+    def batch_in_flight(self) -> int:
+        """Of these, the ones of class batch."""
+        return min(self._batch_in_flight, self._in_flight)
+
+    @batch_in_flight.setter
+    def batch_in_flight(self, num: int) -> None:
+        if num != self._batch_in_flight:
+            self._batch_in_flight = num
             self.agent.index.busy_changed(self)
 
     @property
@@ -300,6 +325,7 @@ class Agent:
         self.host_used_bytes = 0  # as last reported
         self.image_bytes = 0  # of host memory that all images here take, loading ones included
         self.seen_at = 0.0
+        self.last_generation = 0  # of replicas that are forgotten
         self.link = Link()
         self.disk = Disk()
         self.replicas: dict[str, Replica] = {}
@@ -382,6 +408,12 @@ class Agent:
         keep(self.cold, model, replica, state == "cold" and replica.facts is not None)
         self.image_bytes += replica.image_bytes - replica.counted_image_bytes
         replica.counted_image_bytes = replica.image_bytes
+
+    def forget(self, replica: Replica) -> None:
+        """Nothing of ``replica`` is left: it is cold, and nobody knows what it needs."""
+        del self.replicas[replica.model]
+        self.last_generation = max(self.last_generation, replica.generation)
+        self.index.forget(replica)
 
     def replica(self, model: str) -> Replica:
         """The replica of ``model`` here, made cold and unregistered if there was none."""

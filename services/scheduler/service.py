@@ -4,6 +4,7 @@
                                                                 |- commands to the agents
                                                                 |- HS_PLACEMENT: what is wanted
                                                                 |- HS_MODELS: what users are told
+                                                                |- verdicts: what operators asked
                                                                 |- events: what was decided and why
                                                                 `- waits: how long it will take
 
@@ -14,9 +15,10 @@ between but to send commands; nothing is done per input that grows with the numb
 A leader that can not renew its lease in time steps down and stands by again. Whoever leads
 next, under a higher epoch, begins from an empty state and asks for all of it at once:
 
-1. it listens, and then says that it leads: agents turn away older leaders from then on, and
+1. it reads what is deployed (`services.scheduler.deployments`);
+2. it listens, and then says that it leads: agents turn away older leaders from then on, and
    answer with their statuses;
-2. when those that hold a lease have answered, it asks for the queue's depths.
+3. when those that hold a lease have answered, it asks for the queue's depths.
 
 A defect in `decide` ends the process, with the story in the log; the supervisor's next start
 begins afresh.
@@ -30,7 +32,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from datetime import datetime
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import msgspec
 
@@ -55,7 +57,17 @@ from services.bus import (
 from services.bus.connection import Hook, header_of
 from services.jobs import unless_set, until_first_ends
 from services.scheduler.decide import decide
-from services.scheduler.inputs import AgentLost, Demand, DeploymentAdded, Input, QueueDepths, Tick
+from services.scheduler.deployments import Deployments
+from services.scheduler.desk import Desk
+from services.scheduler.inputs import (
+    AgentLost,
+    Demand,
+    DeploymentAdded,
+    DeploymentsKnown,
+    Input,
+    QueueDepths,
+    Tick,
+)
 from services.scheduler.leadership import Leadership
 from services.scheduler.spans import SwitchSpans
 from services.scheduler.state import ClusterState, PolicyConfig
@@ -110,6 +122,7 @@ async def _lead(bus: Bus, settings: Settings, leadership: Leadership, stop: asyn
             leader.run(),
             leader.tick(),
             leader.learn(),
+            leader.take_requests(),
             leader.reconcile(),
             *(writer.run() for writer in leader.writers),
         )
@@ -144,7 +157,20 @@ class Leader:
         self._inputs: deque[Input] = deque()
         self._has_inputs = asyncio.Event()
         self._spans = SwitchSpans()
-        self._teller = Teller(bus, self.state, self._spans, lambda: leadership.is_held)
+        self._deployments = Deployments(bus, settings)
+        self._teller = Teller(
+            bus, self.state, self._deployments, self._spans, lambda: leadership.is_held
+        )
+        self._desk = Desk(
+            bus,
+            self.state,
+            self._deployments,
+            self._teller,
+            self._tell,
+            lambda: leadership.is_held,
+            [gpu.name for gpu in settings.gpus],
+        )
+        self._is_told = asyncio.Event()  # what is deployed
         self._placement = Writer(
             Bucket(bus, names.BUCKET_PLACEMENT, PlacementRecord), lambda: leadership.is_held
         )
@@ -160,8 +186,11 @@ class Leader:
 
     async def run(self) -> None:
         """Listen, say that we lead, and decide for ever. Raises LeaseLost."""
-        for spec in self._settings.model_specs():
+        await _patiently(lambda: self._deployments.read(time.time()))
+        for spec in self._deployments.specs():
             self._tell(DeploymentAdded(spec))
+        self._tell(DeploymentsKnown())
+        self._is_told.set()
         bus, undo = self._bus, self._undo.append
         undo(await bus.listen(names.demand_subject(), self._on_demand))
         undo(await bus.listen(names.events_subject(), self._on_event))
@@ -186,6 +215,8 @@ class Leader:
                 await self._execute(command, now)
             if self.state.decisions:
                 await self._teller.tell_decisions()
+            if self.state.verdicts:
+                self._desk.announce_verdicts()
             observe(event, now)
         await self._teller.tell_records(now)
         await self._teller.tell_waits(now)
@@ -225,8 +256,16 @@ class Leader:
         self._unheard -= self._heard
         if not self._unheard:
             self._agents_answered.set()
-        await _patiently(lambda: self._teller.learn_records(self._settings.models))
+        await self._is_told.wait()
+        await _patiently(self._teller.learn_records)
         await self._teller.tell_records(time.time())
+        await asyncio.Event().wait()  # until we are cancelled
+
+    async def take_requests(self) -> None:
+        """Store what hotswap.toml changed, then do what operators ask for, for ever."""
+        await self._is_told.wait()
+        await _patiently(self._desk.store_file)
+        self._undo.append(await self._desk.open())
         await asyncio.Event().wait()  # until we are cancelled
 
     async def reconcile(self) -> None:
@@ -237,8 +276,9 @@ class Leader:
             await asyncio.wait_for(self._agents_answered.wait(), STATUS_PATIENCE_S)
         while True:
             try:
-                depths, at = await queue.depths()
-                self._tell(QueueDepths(depths, at))
+                for klass in get_args(names.RequestClass):
+                    depths, at = await queue.depths(klass)
+                    self._tell(QueueDepths(depths, at, klass))
             except BusError as error:
                 log.warning("queue depths unknown: %s", error)
             await asyncio.sleep(self._settings.scheduler.reconcile_s)
@@ -269,6 +309,7 @@ class Leader:
                 klass="batch" if klass == "batch" else "interactive",
                 at=datetime.fromisoformat(stamp).timestamp() if stamp else time.time(),
                 tenant=header_of(headers, _TENANT),
+                window_s=_seconds(header_of(headers, b"Nats-TTL")),
             )
         )
 
@@ -323,6 +364,12 @@ _TENANT = names.HEADER_TENANT.encode()
 _event_decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
 _status_decoder = msgspec.json.Decoder(AgentStatus)
 _unescape = functools.lru_cache(maxsize=16_384)(names.unescape)
+
+
+def _seconds(ttl: str) -> float:
+    """A message's time to live, as in its header; 0: it has none."""
+    number = ttl.removesuffix("s")
+    return float(number) if number.isdecimal() else 0.0
 
 
 async def _patiently(ask: Callable[[], Awaitable[T]]) -> T:

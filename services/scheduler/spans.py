@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from opentelemetry import propagate, trace
 
-from schemas.commands import Command, Register, SwapOut
+from schemas.commands import Command, Register, SwapOut, Unload
 from schemas.events import (
     CommandFailed,
     DecisionMade,
@@ -52,7 +52,7 @@ class SwitchSpans:
     @contextmanager
     def around(self, command: Command, now: float) -> Iterator[None]:
         """Make the span of the command's waiter current, so that its headers carry it."""
-        request_id = "" if isinstance(command, Register) else command.request_id
+        request_id = "" if isinstance(command, Register | Unload) else command.request_id
         if not request_id:
             yield
             return

@@ -8,14 +8,14 @@ Nothing is decided by any of it, and nobody waits for it: what the server does n
 """
 
 import logging
-import time
-from collections.abc import Callable, Container
+from collections.abc import Callable
 
 from schemas import names
 from schemas.events import DecisionMade, DeploymentFailed, LeaderElected, SchedulerEvent, kind_of
 from schemas.state import DeploymentRecord
 from services.bus import Bucket, Bus, BusError, Writer
 from services.scheduler import waits
+from services.scheduler.deployments import Deployments
 from services.scheduler.spans import SwitchSpans
 from services.scheduler.state import ClusterState
 
@@ -29,16 +29,21 @@ class Teller:
     """``models``: the writer of HS_MODELS, to be run. ``is_held``: whether we still lead."""
 
     def __init__(
-        self, bus: Bus, state: ClusterState, spans: SwitchSpans, is_held: Callable[[], bool]
+        self,
+        bus: Bus,
+        state: ClusterState,
+        deployments: Deployments,
+        spans: SwitchSpans,
+        is_held: Callable[[], bool],
     ) -> None:
         self.models = Writer(Bucket(bus, names.BUCKET_MODELS, DeploymentRecord), is_held)
         self._bus = bus
         self._state = state
+        self._deployments = deployments
         self._spans = spans
         self._written: dict[str, DeploymentRecord] = {}
         self._changed: dict[str, None] = {}  # models whose record may have changed
         self._records_known = False  # what earlier leaders wrote
-        self._created_at = int(time.time())
         self._waits_at = 0.0  # when those who wait were told how long
         self._next_wait = 0  # number of the first model that is told next
 
@@ -77,21 +82,40 @@ class Teller:
             return
         changed, self._changed = self._changed, {}
         for name in changed:
-            view = self._state.deployment_view(name)
-            spec = self._state.deployments[name]
-            record = DeploymentRecord(spec, view.status, view.reason, view.facts, self._created_at)
+            version = self._deployments.get(name)
+            if version is None or name not in self._state.deployments:
+                continue
+            view, desired = self._state.deployment_view(name), version.desired
+            record = DeploymentRecord(
+                desired.spec,
+                view.status,
+                view.reason,
+                view.facts,
+                created_at=desired.created_at,
+                revision=version.revision,
+                origin=desired.origin,
+                updated_at=desired.updated_at,
+                updated_by=desired.updated_by,
+            )
             if self._written.get(name) != record:
                 self._written[name] = record
                 self.models.put(names.escape(name), record)
                 if record.status == "failed":
                     await self.announce(DeploymentFailed(name, now, record.reason))
 
-    async def learn_records(self, configured: Container[str]) -> None:
-        """Forget records of models that the configuration no longer names. Raises BusError."""
+    def touch(self, name: str) -> None:
+        """Look at its record again."""
+        self._changed[name] = None
+
+    def forget_record(self, name: str) -> None:
+        """``name`` is deployed no more."""
+        self._written.pop(name, None)
+        self.models.delete(names.escape(name))
+
+    async def learn_records(self) -> None:
+        """Forget records of models that are not deployed any more. Raises BusError."""
         bucket = Bucket(self._bus, names.BUCKET_MODELS, DeploymentRecord)
         for key, record in (await bucket.items()).items():
-            if record.spec.name not in configured:
+            if record.spec.name not in self._deployments:
                 await bucket.delete(key)
-            else:
-                self._created_at = min(self._created_at, record.created_at or self._created_at)
         self._records_known = True

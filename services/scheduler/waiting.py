@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from schemas.admin import AdminAnswer
 from schemas.names import RequestClass
 
 _Place: TypeAlias = tuple[float, float, float, str]  # (put back, due at, at, id)
@@ -18,7 +19,8 @@ class Waiter(msgspec.Struct, frozen=True):
     """One request in the work queue that no agent has started.
 
     ``tenant``: None where nobody told, as after another leader. ``put_back_s``: how much longer it
-    may wait than others, where its tenant had more than its share when it came; else 0.
+    may wait than others, where its tenant had more than its share when it came, or where it is of
+    class batch; else 0.
     """
 
     request_id: str
@@ -100,6 +102,7 @@ class Plan(msgspec.Struct, frozen=True):
     model: str
     gpu: str
     request_id: str  # the waiter it was made for; empty: suspended requests
+    is_batch: bool = False  # all who waited were of class batch
 
 
 class Move(msgspec.Struct, frozen=True):
@@ -109,6 +112,26 @@ class Move(msgspec.Struct, frozen=True):
     source: str
     gpu: str
     at: float
+    until: float = 0.0  # when an operator gives it up; 0: nobody asked for it
+
+
+class Wish(msgspec.Struct, frozen=True):
+    """An operator wants ``model`` in, since ``at``, until ``until`` (unix seconds).
+
+    ``gpu``: empty: any.
+    """
+
+    model: str
+    gpu: str
+    at: float
+    until: float
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """What became of the question ``number`` (`services.scheduler.inputs.Asked`)."""
+
+    number: int
+    answer: AdminAnswer
 
 
 class Holds:

@@ -12,7 +12,8 @@ What a model does follows from its source, what a request does from its prompt:
             "dropped"    is unloaded just before a swap-in
             "shrunk"     can not be swapped in while requests of it are suspended
             "crowded"    is unloaded, with what is suspended there, as it is to be verified
-    prompt  "hold"       gives one token, then waits for SIGUSR1 (go on) or Cancel
+    prompt  "hold"       gives one token, then waits for SIGUSR1 (go on) or Cancel; no token where
+                         it has one in its prefix
             /a/file      like "hold", unless that file exists: then one token, and done
             "die"        kills the process
             N            gives N tokens and ends
@@ -159,6 +160,10 @@ class FakeWorker:
                         continue
                     line[:] = [request for request in line if request.request_id != request_id]
                     self._say(ipc.Broke(request_id, "cancelled", "cancelled"))
+            case ipc.Forget(model):
+                assert not self._suspended.pop(model, [])
+                self._specs.pop(model, None)
+                self._say(ipc.Forgotten(model, PAGE_BYTES, self._memory))
             case ipc.Shutdown():
                 pass
 
@@ -184,10 +189,12 @@ class FakeWorker:
             case "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             case text if text == "hold" or (text[0] == "/" and not Path(text).exists()):
-                self._say(ipc.Produced(name, 0, (100,), "t0 "))
+                if not request.prefix_token_ids:
+                    self._say(ipc.Produced(name, 0, (100,), "t0 "))
                 self._held.append(request)
             case text:
-                self._answer(request, 0, int(text) if text.isdigit() else 1)
+                first = len(request.prefix_token_ids)
+                self._answer(request, first, int(text) if text.isdigit() else 1)
 
     def _release(self) -> None:
         while self._arriving:

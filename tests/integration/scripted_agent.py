@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from schemas import names
-from schemas.events import RequestWithdrawn
+from schemas.events import LoadProgressed, RequestWithdrawn
 from schemas.requests import CancelRequest, EmbedRequest, GenerateRequest
 from schemas.state import (
     DeploymentRecord,
@@ -68,8 +68,8 @@ class ScriptedScheduler:
         record = DeploymentRecord(spec=spec, status="failed", reason=reason)
         await self._models.put(names.escape(model), record)
 
-    async def predict(self, model: str, wait_s: float) -> None:
-        wait = PredictedWait(model, time.time(), wait_s, 1, 0, time.time(), 1)
+    async def predict(self, model: str, wait_s: float, place: int = 1) -> None:
+        wait = PredictedWait(model, time.time(), wait_s, 1, 0, time.time(), place)
         await self._bus.publish(names.wait_subject(model), wait)
         await self._bus.flush()
 
@@ -108,8 +108,15 @@ class ScriptedAgent:
         record = ResidencyRecord(GPU, model, state, generation=1, changed_at=time.time())
         await residency.put(names.replica_key(GPU, model), record)
 
-    async def pull(self, model: str, num_free: int = 8) -> None:
-        puller = self.pullers[model] = Puller(self.bus, model, self.deliveries.put)
+    async def loads(self, model: str, done_bytes: int, total_bytes: int) -> None:
+        event = LoadProgressed(GPU, model, time.time(), done_bytes, total_bytes)
+        await self.bus.publish(names.event_subject("load_progressed", GPU, model), event)
+
+    async def pull(
+        self, model: str, num_free: int = 8, klass: names.RequestClass = "interactive"
+    ) -> None:
+        puller = Puller(self.bus, model, self.deliveries.put, klass)
+        self.pullers[f"{klass}.{model}"] = puller
         await puller.start()
         await puller.want(num_free)
 

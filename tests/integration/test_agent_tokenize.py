@@ -17,7 +17,7 @@ from schemas.tokenize import (
     TokenizeFailed,
     TokenizeRequest,
 )
-from services.bus import NobodyListens
+from services.bus import NoResponder
 from services.gpu_agent import tokenizing
 from tests.integration.agent_kit import Agent, eventually
 
@@ -45,13 +45,13 @@ async def one_waits(agent: Agent) -> None:
 
 
 async def test_a_model_that_is_nowhere_near_a_gpu_is_asked(agent: Agent) -> None:
-    with pytest.raises(NobodyListens):
+    with pytest.raises(NoResponder):
         await ask(agent, TokenizeRequest("Qwen/Qwen2.5", TEXT))
     await registered(agent, "Qwen/Qwen2.5")
     answer = await ask(agent, TokenizeRequest("Qwen/Qwen2.5", TEXT))
     assert answer == Tokenized((1, 2), 512, ("Qwen/Qwen2.5",))
     assert agent.control.replicas["Qwen/Qwen2.5"].state == "cold"
-    with pytest.raises(NobodyListens):
+    with pytest.raises(NoResponder):
         await ask(agent, TokenizeRequest("other", TEXT))
 
 
@@ -83,5 +83,5 @@ async def test_more_questions_than_may_wait_are_turned_away(
     answer = await first
     assert isinstance(answer, TokenizeFailed)
     assert "shutting down" in answer.message
-    with pytest.raises(NobodyListens):
+    with pytest.raises(NoResponder):
         await ask(agent, TokenizeRequest("m", TEXT))

@@ -66,7 +66,7 @@ async def test_choices_of_a_chat_stream_interleave(stack: Stack) -> None:
     choices = [event["choices"][0] for event in events]
     assert [one["index"] for one in choices[:2]] == [0, 1]
     assert all(one["delta"] == {"role": "assistant", "content": ""} for one in choices[:2])
-    texts: defaultdict[int, str] = defaultdict(str)
+    texts: dict[int, str] = defaultdict(str)
     reasons: dict[int, str] = {}
     for one in choices[2:]:
         texts[one["index"]] += one["delta"].get("content") or ""

@@ -7,7 +7,7 @@ that are suspended, host images that make room for others, and weights that turn
 
 from dataclasses import dataclass, field
 
-from schemas.commands import Command, Load, Register, SwapIn, SwapOut
+from schemas.commands import Command, Load, Register, SwapIn, SwapOut, Unload
 from schemas.events import (
     AgentStopped,
     CommandFailed,
@@ -22,6 +22,7 @@ from schemas.events import (
     VerificationFailed,
     WorkerDied,
 )
+from schemas.names import RequestClass
 from schemas.state import (
     AgentStatus,
     ModelFacts,
@@ -32,11 +33,13 @@ from schemas.state import (
 from services.scheduler.lifecycle import DEVICE_STATES, IMAGE_STATES, CommandKind
 
 SIZES = {"a": 60, "b": 60, "c": 30, "d": 30, "e": 90}  # model -> MiB
+UNINTERRUPTED = ("d",)
 KINDS: dict[type[Command], CommandKind] = {
     Register: "register",
     Load: "load",
     SwapIn: "swap_in",
     SwapOut: "swap_out",
+    Unload: "unload",
 }
 
 
@@ -53,6 +56,7 @@ class FakeReplica:
     may_preempt: bool = True
     is_arriving: bool = False  # bytes of a swap-in are still on their way
     used_at: float = 0.0
+    settings: str = ""  # fingerprint of what it was registered with
 
     @property
     def may_start(self) -> bool:
@@ -71,6 +75,11 @@ class FakeReplica:
         return self.facts.weight_bytes if self.facts else 0
 
 
+def klass_of(request_id: str) -> RequestClass:
+    """Every seventh request is one of class batch."""
+    return "batch" if int(request_id.removeprefix("r")) % 7 == 0 else "interactive"
+
+
 class FakeAgent:
     """What an agent is to the scheduler: takes commands, answers, and may die."""
 
@@ -83,6 +92,7 @@ class FakeAgent:
         self.replicas: dict[str, FakeReplica] = {}
         self.inbox: list[Command] = []
         self.events: list[Event] = []
+        self.ended: list[str] = []  # requests that were ended because a command said so
         self.statuses: list[tuple[float, AgentStatus]] = []
 
     @property
@@ -103,7 +113,15 @@ class FakeAgent:
 
     def report(self, now: float) -> None:
         replicas = tuple(
-            ReplicaStatus(model, r.state, r.generation, len(r.running), r.facts)
+            ReplicaStatus(
+                model,
+                r.state,
+                r.generation,
+                len(r.running),
+                r.facts,
+                batch_in_flight=sum(klass_of(one) == "batch" for one in r.running),
+                settings=r.settings,
+            )
             for model, r in self.replicas.items()
         )
         status = AgentStatus(
@@ -124,6 +142,10 @@ class FakeAgent:
     def accept(self, now: float) -> None:
         """Take the next command from the inbox."""
         command = self.inbox.pop(0)
+        if isinstance(command, Unload) and command.model not in self.replicas:
+            who = (self.gpu, command.model, command.generation, now)
+            self.events.append(ModelUnloaded(*who, 0))
+            return
         replica = self.replicas.setdefault(command.model, FakeReplica())
         where = (self.gpu, command.model, command.generation, now)
         kind = KINDS[type(command)]
@@ -136,8 +158,10 @@ class FakeAgent:
         match command:
             case Register():
                 size = SIZES.get(command.model, 1000)
+                if state in ("cold", "failed"):
+                    replica.settings = command.settings
                 replica.facts = replica.facts or facts(size)
-                replica.may_preempt = command.spec.preemption != "drain"
+                replica.may_preempt = command.model not in UNINTERRUPTED
                 if state == "failed":
                     replica.state = "cold"
                 self.events.append(ModelRegistered(*where, replica.facts))
@@ -161,12 +185,20 @@ class FakeAgent:
                 self.events.append(SwapInCompleted(*where, SwapTrace(now)))
             case SwapOut() if state in ("swapping_in", "resident", "draining"):
                 assert replica.may_preempt or not command.preempt
+                if command.end_requests:
+                    self.ended += replica.running
+                    replica.running.clear()
                 replica.state = "swapping_out" if command.preempt else "draining"
             case SwapOut() if state == "swapping_out":
                 pass
             case SwapOut() if state == "host":
                 trace, num = SwapTrace(now), replica.num_suspended
                 self.events.append(SwapOutCompleted(*where, trace, num))
+            case Unload() if state in ("host", "cold", "failed"):
+                self.ended += replica.running if command.end_requests else []
+                del self.replicas[command.model]
+                held = replica.weight_bytes if state == "host" else 0
+                self.events.append(ModelUnloaded(*where, held))
             case _:
                 self.events.append(CommandRejected(*where, kind, f"is {state}"))
                 return

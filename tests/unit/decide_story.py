@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from schemas.commands import Command, SwapIn
+from schemas.commands import Command, Register, SwapIn
 from schemas.events import (
     CommandFailed,
     DecisionMade,
@@ -50,6 +50,12 @@ GPU = "gpu0"
 
 def spec(model: str, preload: bool = False, preemption: Preemption = "preserve") -> ModelSpec:
     return ModelSpec(model, f"/models/{model}", preload=preload, preemption=preemption)
+
+
+def register(model: str, generation: int, wanted: ModelSpec | None = None) -> Register:
+    """What is commanded for ``wanted``, or for `spec`."""
+    wanted = wanted or spec(model)
+    return Register(GPU, model, EPOCH, generation, wanted.for_agents(), wanted.fingerprint())
 
 
 def facts(weights: int, kv: int = 0) -> ModelFacts:

@@ -75,6 +75,15 @@ def test_other_tokens_or_other_text_are_noticed() -> None:
         answer.add(Tokens("r", 2, 0, IDS[:1], "Twice"))
 
 
+def test_a_run_goes_on_behind_what_is_known() -> None:
+    answer = Answer()
+    answer.add(chunk(0, 3))
+    assert not answer.has_gap_before(chunk(3, 4))
+    assert answer.add(chunk(3, 5, attempt=2)) == Piece(" a ti", (), IDS[3:5])
+    assert answer.has_gap_before(chunk(6, 7))
+    assert not answer.has_gap_before(chunk(0, 7))
+
+
 def test_lost_chunks_are_counted_at_the_end() -> None:
     answer = Answer()
     answer.add(chunk(0, 2))
@@ -85,14 +94,14 @@ def test_lost_chunks_are_counted_at_the_end() -> None:
     assert answer.finish(finished(6, "!")) == "!"
 
 
-def test_older_attempts_are_stale_until_the_queue_is_new() -> None:
+def test_older_attempts_are_stale() -> None:
     answer = Answer()
+    assert answer.num_attempts("r") == 0
     assert not answer.is_stale("r", 1)
     assert not answer.is_stale("r", 2)
     assert answer.is_stale("r", 1)
     assert not answer.is_stale("r-r2", 1)
-    answer.queued_again("r")
-    assert not answer.is_stale("r", 1)
+    assert (answer.num_attempts("r"), answer.num_attempts("r-r2")) == (2, 1)
 
 
 @given(st.lists(st.lists(st.integers(1, 3), max_size=4), min_size=1, max_size=4))

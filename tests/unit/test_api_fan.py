@@ -171,9 +171,9 @@ async def test_the_client_leaving_ends_all() -> None:
 
 async def test_how_it_was_started_is_told_of_the_first_that_was() -> None:
     fan = await opened(Desk(), parsed_of(n=2))
-    assert fan.started is None
+    assert fan.lead.started is None
     fan.calls[1].started = Started("id-c1", "gpu0", 1, "warm")
-    assert fan.started == fan.calls[1].started
+    assert fan.lead.started == fan.calls[1].started
 
 
 async def complete(parsed: Parsed) -> tuple[Fan, list[fan_module.Told]]:

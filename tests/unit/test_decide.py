@@ -1,6 +1,6 @@
 """Scenarios: what is told, and exactly what is commanded."""
 
-from schemas.commands import Load, Register, SwapIn, SwapOut
+from schemas.commands import Load, SwapIn, SwapOut
 from schemas.events import (
     ModelRegistered,
     RequestWithdrawn,
@@ -9,7 +9,7 @@ from services.scheduler.inputs import (
     DeploymentAdded,
 )
 from services.scheduler.state import DeploymentView
-from tests.unit.decide_story import EPOCH, GPU, Story, facts, on, running, spec
+from tests.unit.decide_story import EPOCH, GPU, Story, facts, on, register, running, spec
 
 # -- the whole way -------------------------------------------------------------------------
 
@@ -17,7 +17,7 @@ from tests.unit.decide_story import EPOCH, GPU, Story, facts, on, running, spec
 def test_from_nothing_to_the_first_token() -> None:
     story = Story()
     assert story.tell(DeploymentAdded(spec("a"))) == []
-    assert story.status() == [Register(GPU, "a", EPOCH, 1, spec("a"))]
+    assert story.status() == [register("a", 1)]
     assert story.registered("a", 60) == []
     assert story.demand("r1", "a") == [Load(GPU, "a", EPOCH, 2, "r1")]
     assert story.demand("r2", "a") == []
@@ -148,7 +148,7 @@ def test_a_model_larger_than_every_device_says_the_numbers() -> None:
 def test_failures_are_retried_ever_more_rarely_and_stay_visible() -> None:
     story = Story()
     story.tell(DeploymentAdded(spec("a")))
-    assert story.status() == [Register(GPU, "a", EPOCH, 1, spec("a"))]
+    assert story.status() == [register("a", 1)]
     generation = 1
     for wait_s in (10, 20, 40, 80, 160, 300, 300):
         assert story.failed("a", generation, "register") == []
@@ -156,7 +156,7 @@ def test_failures_are_retried_ever_more_rarely_and_stay_visible() -> None:
         assert story.state.deployment_view("a").reason == "gpu0: register broke"
         assert story.tick(wait_s - 0.1) == []
         generation += 1
-        assert story.tick(0.2) == [Register(GPU, "a", EPOCH, generation, spec("a"))]
+        assert story.tick(0.2) == [register("a", generation)]
         assert story.state.deployment_view("a").status == "failed"  # until it works
     story.registered("a", 10, generation)
     assert story.state.deployment_view("a").status == "ready"
@@ -167,7 +167,7 @@ def test_a_failed_load_is_loaded_again_without_anybody_asking() -> None:
     assert story.demand("r1", "a") == [Load(GPU, "a", EPOCH, 2, "r1")]
     assert story.failed("a", 2, "load") == []
     story.tell(RequestWithdrawn("a", "r1", story.now, "model_failed"))
-    assert story.tick(10.0) == [Register(GPU, "a", EPOCH, 3, spec("a"))]
+    assert story.tick(10.0) == [register("a", 3)]
     assert story.registered("a", 10, 3) == [Load(GPU, "a", EPOCH, 4)]
     assert story.state.deployment_view("a").status == "failed"
     assert story.loaded("a", 4) == []

@@ -1,6 +1,6 @@
 """Swap-ins as they are: requests start while the bytes arrive, waiters leave, weights break."""
 
-from schemas.commands import Load, Register, SwapIn, SwapOut
+from schemas.commands import Load, SwapIn, SwapOut
 from schemas.events import (
     CommandFailed,
     CommandRejected,
@@ -13,7 +13,7 @@ from schemas.events import (
 from schemas.state import SwapTrace
 from services.scheduler.inputs import DeploymentAdded, QueueDepths
 from services.scheduler.state import MIB
-from tests.unit.decide_story import EPOCH, GPU, Story, on, running, spec
+from tests.unit.decide_story import EPOCH, GPU, Story, on, register, running, spec
 
 
 def arriving(*others: str) -> Story:
@@ -201,7 +201,7 @@ def test_damaged_weights_fail_a_swap_in_and_are_loaded_again() -> None:
     assert story.tell(CommandFailed(GPU, "a", 2, story.now, "swap_in", "page 3 differs")) == []
     assert story.status(on("a", "failed", 60, 2, reason="page 3 differs")) == []
     assert story.state.deployment_view("a").reason == "gpu0: page 3 differs"
-    assert story.tick(10.0) == [Register(GPU, "a", EPOCH, 3, spec("a"))]
+    assert story.tick(10.0) == [register("a", 3)]
     assert story.registered("a", 60, 3) == [Load(GPU, "a", EPOCH, 4, "r1")]
     assert story.loaded("a", 4) == [SwapIn(GPU, "a", EPOCH, 5, "r1")]
 
@@ -212,7 +212,7 @@ def test_damage_found_while_resident() -> None:
     assert story.status(on("a", "failed", 60, 1, reason="tokens differ")) == []
     assert story.state.agents[GPU].reserved_bytes == 0
     assert story.state.deployment_view("a").reason == "gpu0: tokens differ"
-    assert story.tick(0.2) == [Register(GPU, "a", EPOCH, 2, spec("a"))]
+    assert story.tick(0.2) == [register("a", 2)]
     assert story.registered("a", 60, 2) == []
     # Its request went back to the queue; nobody publishes that again, the depths show it.
     assert story.tell(QueueDepths({"a": 1}, story.now)) == [Load(GPU, "a", EPOCH, 3, "recovered-1")]
@@ -237,7 +237,7 @@ def test_damage_found_in_a_swap_in_that_is_called_off() -> None:
     assert story.replica("a").state == "draining"
     assert story.status(on("a", "failed", 60, 3, reason="page 3 differs")) == []
     assert story.replica("a").state == "failed"
-    assert story.tick(0.2) == [Register(GPU, "a", EPOCH, 4, spec("a"))]
+    assert story.tick(0.2) == [register("a", 4)]
 
 
 def test_news_that_decides_nothing() -> None:

@@ -1,10 +1,10 @@
 """Host memory has a budget: images that go, preloads that wait, and room made for waiters."""
 
-from schemas.commands import Load, Register, SwapIn, SwapOut
+from schemas.commands import Load, SwapIn, SwapOut
 from schemas.events import CommandRejected
 from schemas.state import ReplicaStatus
 from services.scheduler.inputs import DeploymentAdded
-from tests.unit.decide_story import EPOCH, GPU, Story, on, running, spec
+from tests.unit.decide_story import EPOCH, GPU, Story, on, register, running, spec
 
 # -- unloaded ------------------------------------------------------------------------------
 
@@ -99,7 +99,7 @@ def test_a_model_that_failed_and_finds_no_room_may_be_asked_for() -> None:
     story.failed("b", 2, "load")
     story.withdrawn("r1", "b")
     assert story.state.deployment_view("b").status == "failed"
-    assert story.tick(10.0) == [Register(GPU, "b", EPOCH, 3, spec("b"))]
+    assert story.tick(10.0) == [register("b", 3)]
     assert story.registered("b", 60, 3) == []  # a's image is in the way, and nobody waits
     assert story.state.deployment_view("b").status == "ready"
     assert story.demand("r2", "b") == [Load(GPU, "b", EPOCH, 4, "r2")]
@@ -177,7 +177,7 @@ def test_an_image_larger_than_the_budget_is_loaded_so_that_the_agent_says_why() 
     story = running(on("a", "resident", 30), on("b", "cold", 60), host_budget=50)
     assert story.demand("r1", "b") == [Load(GPU, "b", EPOCH, 2, "r1")]
     story.failed("b", 2, "load")
-    assert story.tick(10.0) == [Register(GPU, "b", EPOCH, 3, spec("b"))]
+    assert story.tick(10.0) == [register("b", 3)]
     story.withdrawn("r1", "b")
     assert story.registered("b", 60, 3) == []
     assert story.state.deployment_view("b").status == "failed"

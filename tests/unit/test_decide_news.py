@@ -2,7 +2,7 @@
 
 import pytest
 
-from schemas.commands import Load, Register, SwapIn
+from schemas.commands import Load, SwapIn
 from schemas.events import (
     AgentStarted,
     AgentStopped,
@@ -32,7 +32,7 @@ from services.scheduler.inputs import (
     Tick,
 )
 from services.scheduler.state import MIB, InvariantViolation
-from tests.unit.decide_story import EPOCH, GPU, Story, facts, on, running, spec
+from tests.unit.decide_story import EPOCH, GPU, Story, facts, on, register, running, spec
 
 # -- statuses and races --------------------------------------------------------------------
 
@@ -78,7 +78,7 @@ def test_statuses_that_insist_are_right() -> None:
 def test_a_new_instance_starts_from_nothing() -> None:
     story = running(on("a", "resident", 60, generation=5))
     story.demand("r1", "a")
-    assert story.status(instance="i2") == [Register(GPU, "a", EPOCH, 7, spec("a"))]
+    assert story.status(instance="i2") == [register("a", 7)]
     assert story.status(on("a", "resident", 60, generation=5), instance="i1") == []  # a ghost
     assert story.replica("a").state == "cold"
     assert story.swapped_in("a", 5) == []

@@ -113,8 +113,10 @@ def test_a_slow_swap_in_buys_a_longer_stay() -> None:
 def test_the_deployment_says_whether_it_may_be_interrupted(
     preemption: Preemption, preempt: bool
 ) -> None:
-    story = running(on("a", "resident", 60, in_flight=2), on("b", "host", 60))
+    story = Story()
     story.tell(DeploymentAdded(spec("a", preemption=preemption)))
+    story.tell(DeploymentAdded(spec("b")))
+    story.status(on("a", "resident", 60, in_flight=2), on("b", "host", 60))
     story.demand("r1", "b")
     assert story.tick(1.1) == [SwapOut(GPU, "a", EPOCH, 2, "r1", preempt=preempt)]
     assert story.tick(50.0) == []

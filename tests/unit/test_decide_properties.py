@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
 
+from schemas.admin import Ask, MoveDeployment, SwapInDeployment, SwapOutDeployment
 from schemas.commands import SwapOut
 from schemas.events import (
     CommandFailed,
@@ -20,13 +21,20 @@ from schemas.events import (
     SwapInCompleted,
 )
 from schemas.state import ModelSpec, SwapTrace
-from services.scheduler.inputs import AgentLost, Demand, DeploymentAdded, QueueDepths, Tick
-from tests.unit.decide_agents import SIZES
+from services.scheduler.inputs import (
+    AgentLost,
+    Asked,
+    Demand,
+    DeploymentRemoved,
+    DeploymentsKnown,
+    Tick,
+)
+from tests.unit.decide_agents import SIZES, UNINTERRUPTED, klass_of
 from tests.unit.decide_cluster import CONFIG, GPUS, TENANTS, TOO_LARGE, Cluster
 
 FATES = ("once", "once", "once", "twice", "never")
+WINDOW_S = 20.0  # of requests of class batch
 LENGTHS = (1, 2, 10)  # of answers, in quarter seconds
-UNINTERRUPTED = "d"
 PRELOADED = ("a", "b", "e")  # more than host memory holds
 
 
@@ -36,16 +44,15 @@ class Walk(Cluster):
     @initialize()
     def start(self) -> None:
         for model in (*SIZES, TOO_LARGE):
-            self.tell(
-                DeploymentAdded(
-                    ModelSpec(
-                        model,
-                        f"/models/{model}",
-                        preload=model in PRELOADED,
-                        preemption="drain" if model == UNINTERRUPTED else "preserve",
-                    )
+            self.deploy(
+                ModelSpec(
+                    model,
+                    f"/models/{model}",
+                    preload=model in PRELOADED,
+                    preemption="drain" if model in UNINTERRUPTED else "preserve",
                 )
             )
+        self.tell(DeploymentsKnown())
         for agent in self.agents.values():
             agent.report(self.now)
 
@@ -56,6 +63,8 @@ class Walk(Cluster):
 
     @rule(model=st.sampled_from(sorted(SIZES)), is_seen=st.sampled_from([True, True, False]))
     def request(self, model: str, is_seen: bool) -> None:
+        if model not in self.state.deployments:
+            return  # the api refuses it
         self.num_requests += 1
         request_id = f"r{self.num_requests}"
         self.queue[request_id] = model
@@ -64,7 +73,7 @@ class Walk(Cluster):
         whose = self.num_requests if self.num_requests % 4 == 0 else ord(model)
         tenant = self.tenants[request_id] = names[whose % len(names)]
         if is_seen:
-            self.tell(Demand(request_id, model, "interactive", self.now, tenant))
+            self.tell(Demand(request_id, model, klass_of(request_id), self.now, tenant, WINDOW_S))
 
     @precondition(lambda self: self.queue)
     @rule(where=st.floats(0.0, 0.999), is_seen=st.booleans())
@@ -76,6 +85,44 @@ class Walk(Cluster):
             model = self.queue.pop(request_id)
             if is_seen:
                 self.tell(RequestWithdrawn(model, request_id, self.now, "client_left"))
+
+    @rule(
+        model=st.sampled_from(sorted(SIZES)),
+        max_batch=st.sampled_from([2, 4]),
+        group=st.sampled_from(["", "", "g"]),
+        stay_s=st.sampled_from([0.0, 0.5]),
+    )
+    def configure(self, model: str, max_batch: int, group: str, stay_s: float) -> None:
+        """Other settings; a removed model comes back with them."""
+        settings = {"max_batch": max_batch, "exclusive_group": group, "min_residency_s": stay_s}
+        self.deploy(msgspec.structs.replace(self.specs[model], **settings))
+
+    @rule(model=st.sampled_from(sorted(SIZES)), at_once=st.booleans())
+    def remove(self, model: str, at_once: bool) -> None:
+        """As an api does, end what waits for it."""
+        self.tell(DeploymentRemoved(model, "removed" if at_once else ""))
+        for request_id in sorted(set(self.queue) - self.running):
+            if self.queue[request_id] == model:
+                del self.queue[request_id]
+                self.tell(RequestWithdrawn(model, request_id, self.now, "model_failed"))
+
+    @rule(
+        model=st.sampled_from(sorted(SIZES)),
+        gpu=st.sampled_from(sorted(GPUS)),
+        what=st.sampled_from(["in", "in there", "out", "move"]),
+    )
+    def ask(self, model: str, gpu: str, what: str) -> None:
+        source = next(one for one in GPUS if one != gpu)
+        until = self.now + 5.0
+        asks: dict[str, Ask] = {
+            "in": SwapInDeployment(model, until),
+            "in there": SwapInDeployment(model, until, gpu=gpu),
+            "out": SwapOutDeployment(model, gpu=gpu),
+            "move": MoveDeployment(model, source, gpu, until),
+        }
+        num = len(self.verdicts)
+        self.tell(Asked(num, asks[what]))
+        assert [verdict.number for verdict in self.verdicts[num:]] == [num]
 
     @rule(seed=st.integers(0, 2**32 - 1), count=st.sampled_from([30, 100]))
     def go_wild(self, seed: int, count: int) -> None:
@@ -104,6 +151,11 @@ class Walk(Cluster):
             lambda: self.lose_command(gpu()),
             lambda: self.corrupt(gpu(), model()),
             lambda: self.lose_lease(gpu()),
+            lambda: self.configure(
+                model(), rng.choice([2, 4]), rng.choice(["", "", "g"]), rng.choice([0.0, 0.5])
+            ),
+            lambda: self.remove(model(), rng.random() < 0.5),
+            lambda: self.ask(model(), gpu(), rng.choice(["in", "in there", "out", "move"])),
             lambda: self.lose_worker(gpu()),
             lambda: self.restart(gpu(), rng.random() < 0.5),
         ]
@@ -123,6 +175,7 @@ class Walk(Cluster):
         agent = self.agents[gpu]
         for _ in range(min(count, len(agent.inbox))):
             agent.accept(self.now)
+        self.settle(agent)
 
     @rule(gpu=st.sampled_from(sorted(GPUS)))
     def lose_command(self, gpu: str) -> None:
@@ -177,7 +230,7 @@ class Walk(Cluster):
 
     @rule(drift=st.sampled_from([0.0, 0.0, 0.2]))
     def count_queue(self, drift: float) -> None:
-        self.tell(QueueDepths(self.depths(), self.now - drift))
+        self.count(self.now - drift)
 
     @rule(gpu=st.sampled_from(sorted(GPUS)))
     def lose_lease(self, gpu: str) -> None:

@@ -20,7 +20,18 @@ import msgspec
 import pytest
 
 import schemas
-from schemas import commands, decisions, events, requests, state, stream, tokenize
+from schemas import (
+    admin,
+    batches,
+    commands,
+    decisions,
+    events,
+    keys,
+    requests,
+    state,
+    stream,
+    tokenize,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "messages.jsonl"
 
@@ -43,6 +54,11 @@ SPEC = state.ModelSpec(
     token_target_s=0.0625,
     exclusive_group="large",
     ttl_s=600.5,
+    min_residency_s=5.5,
+    drained=True,
+    aliases=("gpt-4o",),
+    defaults={"temperature": 0.5},
+    overrides={"seed": None, "stop": ["\n"]},
 )
 FACTS = state.ModelFacts(
     architecture="LlamaForCausalLM",
@@ -81,6 +97,8 @@ REPLICA = state.ReplicaStatus(
     facts=FACTS,
     reason="checksum",
     cached_bytes=4_194_304,
+    settings="246270781ae129ef",
+    batch_in_flight=1,
 )
 SAMPLING = requests.SamplingParams(
     seed=42,
@@ -125,6 +143,8 @@ def _generate(prompt: requests.Prompt) -> requests.GenerateRequest:
         created_at=AT,
         deadline_at=AT + 60,
         tenant=TENANT,
+        prefix_token_ids=(11, 12),
+        attempts_before=1,
     )
 
 
@@ -133,10 +153,10 @@ _EVENT: dict[str, Any] = {"gpu": "gpu0", "model": "m", "generation": 3, "at": AT
 _CHUNK: dict[str, Any] = {"request_id": "req-1", "attempt": 2}
 
 EXAMPLES: tuple[msgspec.Struct, ...] = (
-    commands.Register(**_COMMAND, spec=SPEC),
+    commands.Register(**_COMMAND, spec=SPEC, settings="246270781ae129ef"),
     commands.Load(**_COMMAND, request_id="req-1"),
     commands.SwapIn(**_COMMAND, request_id="req-1", waiting_since=AT - 1, decided_at=AT - 0.75),
-    commands.SwapOut(**_COMMAND, request_id="req-1", preempt=True),
+    commands.SwapOut(**_COMMAND, request_id="req-1", preempt=True, end_requests="removed"),
     events.AgentStarted(
         gpu="gpu0",
         instance="i1",
@@ -173,6 +193,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         attempt=1,
         queue_wait_s=0.75,
         tenant=TENANT,
+        klass="batch",
     ),
     events.RequestEnded(
         gpu="gpu0",
@@ -185,6 +206,8 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         timing=TIMING,
         error="engine_failed",
         tenant=TENANT,
+        prefix_tokens=11,
+        klass="batch",
     ),
     events.RequestWithdrawn(model="m", request_id="req-1", at=AT, reason="client_left"),
     events.LeaderElected(holder="scheduler-1", epoch=5, at=AT),
@@ -202,7 +225,15 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         host_used_bytes=247_463_936,
     ),
     state.DeploymentRecord(
-        spec=SPEC, status="failed", reason="no config.json", facts=FACTS, created_at=1767225600
+        spec=SPEC,
+        status="failed",
+        reason="no config.json",
+        facts=FACTS,
+        created_at=1767225600,
+        revision=42,
+        origin="api",
+        updated_at=AT,
+        updated_by="key 2c70e12b7a0646f9",
     ),
     state.PlacementRecord(gpu="gpu0", model="m", desired="resident", generation=3, epoch=5),
     state.ResidencyRecord(
@@ -232,8 +263,9 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         deadline_at=AT + 60,
         dimensions=256,
         tenant=TENANT,
+        attempts_before=1,
     ),
-    requests.CancelRequest(request_id="req-1", model="m"),
+    requests.CancelRequest(request_id="req-1", model="m", gpu="gpu0"),
     requests.VerifyRequest(model="m"),
     events.DeploymentFailed(model="m", at=1.5, reason="needs 9 MiB of device memory"),
     stream.Started(**_CHUNK, gpu="gpu0", start="switch", swap=TRACE),
@@ -256,6 +288,8 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         cached_tokens=8,
     ),
     stream.Failed(**_CHUNK, code="engine_failed", message="the engine worker died"),
+    stream.Resuming(**_CHUNK, gpu="gpu0"),
+    stream.ResumeFrom(request_id="req-1", verdict="run", token_ids=(11, 12)),
     events.DecisionMade(
         model="m",
         gpu="gpu0",
@@ -285,6 +319,69 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     ),
     state.PredictedWait(
         model="m", at=AT, wait_s=0.5, num_waiters=3, num_suspended=2, since=AT - 1, place=1
+    ),
+    commands.Unload(**_COMMAND, end_requests="removed"),
+    events.DeploymentChanged(
+        model="m",
+        at=AT,
+        action="move",
+        who="key 2c70e12b7a0646f9",
+        detail="gpu0 -> gpu1",
+        revision=7,
+    ),
+    state.DesiredDeployment(
+        spec=SPEC,
+        declared=SPEC,
+        removed=True,
+        created_at=1767225600,
+        updated_at=AT,
+        updated_by="hotswap.toml",
+    ),
+    admin.PutDeployment(spec=SPEC, who="http", if_match=(42, 43), must_be_new=True),
+    admin.DeleteDeployment(model="m", who="http", if_match=(42,), drain=False),
+    admin.SwapInDeployment(model="m", until=AT, who="http", gpu="gpu0"),
+    admin.SwapOutDeployment(model="m", who="http", gpu="gpu0"),
+    admin.MoveDeployment(model="m", source="gpu0", gpu="gpu1", until=AT, who="http"),
+    admin.AdminAnswer(outcome="conflict", reason="no room", revision=42, created=True),
+    batches.FileRecord(
+        file="file-1",
+        filename="in.jsonl",
+        purpose="batch",
+        num_bytes=4096,
+        created_at=1767225600,
+        expires_at=1769817600,
+        tenant=TENANT,
+    ),
+    batches.BatchRecord(
+        batch="batch_1",
+        endpoint="/v1/chat/completions",
+        input_file="file-1",
+        completion_window="24h",
+        created_at=1767225600,
+        expires_at=1767312000,
+        status="completed",
+        reached={"in_progress": 1767225601, "completed": 1767229200},
+        metadata={"night": "1"},
+        tenant=TENANT,
+        num_requests=3,
+        num_completed=2,
+        num_failed=1,
+        output_file="file-2",
+        error_file="file-3",
+        errors=(batches.BatchError("invalid_url", "url must be ...", line=2, param="url"),),
+    ),
+    keys.KeyRecord(
+        id=TENANT,
+        name="ada",
+        hash="9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+        role="admin",
+        models=("m", "llama-*"),
+        requests_per_minute=60,
+        tokens_per_minute=100_000,
+        max_concurrent=4,
+        created_at=1767225600,
+        expires_at=1767312000,
+        disabled=True,
     ),
     tokenize.TokenizeRequest(
         model="m", prompt=requests.TextPrompt("Grüße", add_special_tokens=False), token_strs=True
@@ -358,7 +455,7 @@ def test_tokens_of_those_who_ask_for_no_log_probabilities_do_not_grow() -> None:
 
 def test_requests_and_events_of_those_who_know_no_tenants_still_decode() -> None:
     told = [example for example in EXAMPLES if getattr(example, "tenant", "")]
-    assert len({type(example) for example in told}) == 4
+    assert len({type(example) for example in told}) == 6
     for example in told:
         fields = json.loads(msgspec.json.encode(example))
         del fields["tenant"]

@@ -29,7 +29,7 @@ from services.gpu_agent.engine.kv_manager import KVManager
 from services.gpu_agent.engine.packed import PackedView, can_pack
 from services.gpu_agent.engine.prompts import InvalidPrompt, ModelText
 from services.gpu_agent.engine.row import Row
-from services.gpu_agent.engine.sampling import BadLogits, check, sample
+from services.gpu_agent.engine.sampling import BadLogits, check, check_prefix, sample
 from services.gpu_agent.engine.schedule import DEFAULT_CHUNK_TOKENS, Schedule
 from services.gpu_agent.ipc import Begun, Broke, Done, FromWorker
 
@@ -129,6 +129,7 @@ class Batch:
         try:
             ids = self._truncated(self._text.encode(request.prompt), request.sampling)
             check(request.sampling, self._text.vocab_size)
+            check_prefix(request.prefix_token_ids, self._text.vocab_size)
             if len(ids) >= self._limit:
                 message = self._too_long(len(ids))
                 return [*out, Broke(request.request_id, "context_length_exceeded", message)]
@@ -139,6 +140,8 @@ class Batch:
             return [*out, Broke(request.request_id, "invalid_prompt", str(error))]
         if row.max_new < 1:
             return [*out, row.finish("length")]
+        if done := row.take_prefix():
+            return [*out, done]
         self._rows.add(row)
         return out
 

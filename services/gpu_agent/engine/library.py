@@ -22,14 +22,14 @@ from services.gpu_agent.engine.decode_graph import Recorder
 from services.gpu_agent.engine.prompts import BadTokenizer, ModelText
 from services.gpu_agent.host_tier import HostTier, OutOfHostMemory
 from services.gpu_agent.hosted import HostedModel
-from services.gpu_agent.ipc import Loaded, Memory, OpFailed, Registered, Unloaded
+from services.gpu_agent.ipc import Forgotten, Loaded, Memory, OpFailed, Registered, Unloaded
 from services.gpu_agent.pages import DeviceError, OutOfPages, PagePool
 from services.gpu_agent.shared_images import ImageExchange
 from services.gpu_agent.transfer import Verify
 
 logger = logging.getLogger(__name__)
 
-Op: TypeAlias = Literal["register", "load", "swap_in", "swap_out", "verify"]
+Op: TypeAlias = Literal["register", "load", "swap_in", "swap_out", "unload", "verify"]
 OnProgress: TypeAlias = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 # Causes that a person can act on, with a message that says so; anything else is a fault of
@@ -200,6 +200,26 @@ class Library:
             self._tier.hold(result.model, result.num_bytes)
             return msgspec.structs.replace(result, memory=self.memory())
         return result
+
+    # -- forgetting ------------------------------------------------------------------------
+
+    def forget(self, model: str) -> Forgotten | OpFailed:
+        """Drop ``model`` and its host image, if they are there. Refused while it is on the device
+        or being loaded.
+        """
+        hosted = self._models.get(model)
+        if hosted is None:
+            return Forgotten(model, 0, self.memory())
+        if hosted.state not in ("cold", "host") or model in self._loading:
+            state = "being loaded" if model in self._loading else hosted.state
+            return OpFailed(model, "unload", f"model {model!r} is {state}: it can not be unloaded")
+        num_bytes = hosted.layout.num_bytes if hosted.state == "host" else 0
+        hosted.close()
+        self._tier.release(model)
+        del self._models[model]
+        with self._texts_lock:
+            self._texts.pop(model, None)
+        return Forgotten(model, num_bytes, self.memory())
 
     def _may_leave(self, model: str) -> bool:
         return self._models[model].state == "host" and model not in self._loading

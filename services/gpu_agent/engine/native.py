@@ -49,6 +49,7 @@ from services.gpu_agent.ipc import (
     Corrupted,
     Done,
     Embedded,
+    Forgotten,
     FromWorker,
     OpFailed,
     Produced,
@@ -114,6 +115,13 @@ class NativeEngine(Library):
         answer = super().register(spec, folder)
         if before is not None and self._models[spec.name] is not before:
             self._late += self._drop_batch(spec.name, f"model {spec.name!r} was registered anew")
+        return answer
+
+    def forget(self, model: str) -> Forgotten | OpFailed:
+        """As the library does. Suspended requests end with the next `step`."""
+        answer = super().forget(model)
+        if isinstance(answer, Forgotten):
+            self._late += self._drop_batch(model, f"model {model!r} was unloaded")
         return answer
 
     # -- swapping --------------------------------------------------------------------------

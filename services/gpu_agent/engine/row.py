@@ -24,6 +24,8 @@ class Row:
     on each step adds one. Parked, it gives its blocks back and waits again; the next admission
     finds its K and V in host memory, or computes prompt and chosen tokens anew, and the sampler
     goes on where it was.
+    With a prefix it begins with the tokens that an earlier run chose, as if it had chosen them
+    itself and had been parked: they are prefilled with the prompt, and count everywhere.
     Times are `time.perf_counter` seconds.
     """
 
@@ -88,6 +90,17 @@ class Row:
     def num_to_fill(self) -> int:
         return self.prefill_end - self.num_cached
 
+    def take_prefix(self) -> Done | None:
+        """Take the tokens that an earlier run chose, before anything is computed. Done where the
+        last one ended the answer, and only its end is still to be told.
+        """
+        for token_id in self.request.prefix_token_ids:
+            self.sampler.count(token_id)
+            _, ending = self._append(token_id)
+            if ending:
+                return self.finish(*ending)
+        return None
+
     def span(self, most: int) -> Span:
         """What to compute next, ``most`` tokens at the most."""
         return self.kv.span(min(self.num_cached + most, len(self.ids)))
@@ -95,26 +108,15 @@ class Row:
     def accept(self, chosen: Chosen) -> list[FromWorker]:
         """Add a chosen token; what to tell about it. Ends the row where this was the last."""
         token_id = chosen.token_id
-        self.ids.append(token_id)
-        if self.num_new == 1:
-            self.first_token_at = time.perf_counter()
-        may_stop = self.num_new >= self.request.sampling.min_tokens
-        is_end = token_id in self.end_ids
+        self.first_token_at = self.first_token_at or time.perf_counter()
         logprobs = self._logprobs(chosen)  # first: it tells where the text was before the token
-        # A token that ends the completion is counted, but it is not text even where the
-        # tokenizer would print it, unless the request wants to see it.
-        is_text = not is_end or self.request.sampling.include_stop
-        text, stopped = self.text.push(token_id, may_stop) if is_text else ("", False)
+        text, ending = self._append(token_id)
         prompt = self._told() if self.num_new == 1 else None
         out: list[FromWorker] = [
             Produced(self.request_id, self.num_new - 1, (token_id,), text, logprobs, prompt),
         ]
-        if stopped:
-            out.append(self.finish("stop"))
-        elif is_end or self.num_new >= self.max_new:
-            rest, stopped = self.text.flush(may_stop)
-            reason: FinishReason = "stop" if is_end or stopped else "length"
-            out.append(self.finish(reason, rest))
+        if ending:
+            out.append(self.finish(*ending))
         return out
 
     def _told(self) -> PromptTold:
@@ -124,6 +126,22 @@ class Row:
         if params.tell_prompt_text:
             text = self.model_text.decode(ids, params.skip_special_tokens)
         return PromptTold(len(ids), tuple(ids) if params.tell_prompt_ids else (), text)
+
+    def _append(self, token_id: int) -> tuple[str, tuple[FinishReason, str] | None]:
+        """The text that the token adds; where it is the last one, also why and the rest of it."""
+        self.ids.append(token_id)
+        may_stop = self.num_new >= self.request.sampling.min_tokens
+        is_end = token_id in self.end_ids
+        # A token that ends the completion is counted, but it is not text even where the
+        # tokenizer would print it, unless the request wants to see it.
+        is_text = not is_end or self.request.sampling.include_stop
+        text, stopped = self.text.push(token_id, may_stop) if is_text else ("", False)
+        if stopped:
+            return text, ("stop", "")
+        if is_end or self.num_new >= self.max_new:
+            rest, stopped = self.text.flush(may_stop)
+            return text, ("stop" if is_end or stopped else "length", rest)
+        return text, None
 
     def _logprobs(self, chosen: Chosen) -> tuple[TokenLogprobs, ...]:
         """What to tell of the chosen token's probability; nothing where nobody asked."""

@@ -5,8 +5,17 @@ import time
 import pytest
 
 from schemas import names
+from schemas.admin import AdminAnswer, SwapOutDeployment
 from schemas.commands import Command, SwapIn
-from schemas.events import DecisionMade, Event, LeaderElected, RequestWithdrawn, kind_of
+from schemas.events import (
+    DecisionMade,
+    Event,
+    LeaderElected,
+    LoadProgressed,
+    RequestWithdrawn,
+    kind_of,
+)
+from schemas.keys import KeyRecord
 from schemas.requests import CancelRequest
 from schemas.state import (
     AgentStatus,
@@ -17,12 +26,13 @@ from schemas.state import (
     PredictedWait,
     ResidencyRecord,
 )
-from schemas.stream import Tokens
+from schemas.stream import ResumeFrom, Tokens
 from schemas.tokenize import Detokenized, DetokenizeRequest, TokenizeAnswer
 from services.bus import (
     Bucket,
     Delivery,
     Lease,
+    NoResponder,
     Puller,
     WorkQueue,
     declare,
@@ -37,12 +47,24 @@ COMMAND = SwapIn("g0", MODEL, epoch=1, generation=1)
 FORBIDDEN_TO_PUBLISH = [
     ("api", names.command_subject("g0")),
     ("api", "$KV.HS_MODELS.x"),
+    ("api", "$KV.HS_DEPLOYMENTS.x"),
     ("api", "$KV.HS_LEASES.scheduler.leader"),
+    ("scheduler", "$KV.HS_KEYS.x"),
+    ("scheduler", "$JS.API.STREAM.MSG.GET.KV_HS_KEYS"),
+    ("agent", "$KV.HS_KEYS.x"),
+    ("agent", "$JS.API.CONSUMER.CREATE.KV_HS_KEYS"),
     ("api", "_INBOX_agent.x"),
     ("api", "$JS.API.STREAM.DELETE.HS_REQUESTS"),
     ("api", names.wait_subject(MODEL)),
     ("api", names.event_subject("decision_made", "g0", MODEL)),
+    ("api", names.result_subject("batch_1", 1)),
+    ("api", f"$JS.API.CONSUMER.CREATE.HS_BATCH.{names.consumer_name(MODEL)}"),
     ("scheduler", names.request_subject("interactive", MODEL)),
+    ("scheduler", names.request_subject("batch", MODEL)),
+    ("scheduler", f"$JS.API.DIRECT.GET.HS_BATCH.{names.request_subject('batch', MODEL)}"),
+    ("scheduler", "$JS.API.DIRECT.GET.HS_BATCH"),
+    ("scheduler", "$JS.API.CONSUMER.CREATE.HS_RESULTS"),
+    ("scheduler", names.file_subject("file-1")),
     ("scheduler", "_INBOX_api.x"),
     ("scheduler", names.tokenize_subject(MODEL)),
     ("agent", names.tokenize_subject(MODEL)),
@@ -52,22 +74,36 @@ FORBIDDEN_TO_PUBLISH = [
     ("scheduler", "$KV.HS_RESIDENCY.x"),
     ("agent", names.command_subject("g0")),
     ("agent", "$KV.HS_MODELS.x"),
+    ("agent", "$KV.HS_DEPLOYMENTS.x"),
+    ("agent", names.admin_subject("delete", MODEL)),
     ("agent", "$KV.HS_LEASES.scheduler.leader"),
     ("agent", names.event_subject("leader_elected")),
     ("agent", names.event_subject("decision_made", "g0", MODEL)),
     ("agent", names.wait_subject(MODEL)),
     ("agent", "$JS.API.STREAM.PURGE.HS_REQUESTS"),
+    ("agent", "$JS.API.STREAM.PURGE.HS_RESULTS"),
+    ("agent", names.request_subject("batch", MODEL)),
+    ("agent", names.file_subject("file-1")),
+    ("agent", "$KV.HS_BATCHES.batch_1"),
+    ("agent", "$JS.API.DIRECT.GET.HS_FILE_DATA"),
 ]
 FORBIDDEN_TO_SUBSCRIBE = [
     ("scheduler", "hs.v1.requests.>"),
     ("scheduler", "_INBOX_api.>"),
     ("scheduler", ">"),
     ("api", "hs.v1.agent.*.command"),
+    ("api", names.events_subject()),
+    ("api", names.events_subject("request_ended")),
     ("api", "_INBOX_agent.>"),
+    ("scheduler", "hs.v1.results.>"),
+    ("scheduler", "hs.v1.files.>"),
+    ("agent", "hs.v1.results.>"),
     ("api", names.tokenize_subject()),
     ("scheduler", names.tokenize_subject()),
     ("agent", "_INBOX_api.>"),
     ("agent", "hs.v1.requests.>"),
+    ("agent", "hs.v1.admin.>"),
+    ("api", "hs.v1.admin.>"),
 ]
 
 
@@ -113,6 +149,8 @@ async def test_every_service_can_do_what_it_needs(
         (scheduler, f"{names.PREFIX}.events.>", Event),
         (scheduler, names.status_subject(), AgentStatus),
         (api, names.wait_subject(), PredictedWait),
+        (api, names.events_subject("load_progressed"), LoadProgressed),
+        (agent, f"{agent.inbox}.resume.*", ResumeFrom),
         (agent, names.command_subject("g0"), Command),
         (agent, names.cancel_subject(), CancelRequest),
         (agent, names.event_subject("leader_elected"), LeaderElected),
@@ -171,16 +209,28 @@ async def test_every_service_can_do_what_it_needs(
     assert await Bucket(api, names.BUCKET_MODELS, DeploymentRecord).items()
     assert await Bucket(api, names.BUCKET_RESIDENCY, ResidencyRecord).items()
     assert await Bucket(api, names.BUCKET_LEASES, LeaseRecord).items()
+    keys = Bucket(api, names.BUCKET_KEYS, KeyRecord)
+    await keys.put("k", KeyRecord("k", "ada", "0"))
+    assert list(await keys.items()) == ["k"]
     queue = WorkQueue(api)
     await queue.enqueue(request(reply_to=f"{api.inbox}.r.1"))
     assert await queue.withdraw(await queue.enqueue(request("other")))
     withdrawn = RequestWithdrawn("other", "r", time.time(), "client_left")
     await api.publish(names.event_subject(kind_of(withdrawn), model="other"), withdrawn)
     await api.publish(names.cancel_subject(MODEL), CancelRequest("r", MODEL))
-    sent += [STATUS, withdrawn, CancelRequest("r", MODEL)]
+    known = ResumeFrom("r", "run", (1, 2))
+    await api.publish(f"{agent.inbox}.resume.r", known)
+    seq = await queue.enqueue(request("other", request_id="held"))
+    assert await queue.holds(seq, "held")
+    assert not await queue.holds(seq, "another")
+    assert await queue.withdraw(seq)
+    assert not await queue.holds(seq, "held")
+    load = LoadProgressed("g0", MODEL, time.time(), 1, 2)
+    await agent.publish(names.event_subject(kind_of(load), "g0", MODEL), load)
+    sent += [STATUS, withdrawn, CancelRequest("r", MODEL), known, load, load]
 
     await chunks.count(1)
-    await demand.count(2)
+    await demand.count(3)
     await heard.count(len(sent))
     assert sorted(map(repr, heard.all)) == sorted(map(repr, sent))
     assert (await WorkQueue(scheduler).depths())[0].get("other") is None
@@ -190,3 +240,24 @@ async def test_every_service_can_do_what_it_needs(
     for bus in (api, scheduler, agent):
         await bus.flush()
     assert not errors(caplog)
+
+
+async def test_the_scheduler_answers_whoever_asks_and_nobody_else(
+    party: Parties, caplog: pytest.LogCaptureFixture
+) -> None:
+    api, scheduler = await party("api"), await party("scheduler")
+    subject = names.admin_subject("swap_out", MODEL)
+    with pytest.raises(NoResponder, match="nobody answers"):
+        await api.request(subject, SwapOutDeployment(MODEL), AdminAnswer)
+
+    async def answer(raw: RawMessage) -> None:
+        await scheduler.publish(raw.reply, AdminAnswer("done", "as asked"))
+
+    await scheduler.subscribe_raw(names.admin_subject(), answer)
+    await scheduler.flush()
+    told = await api.request(subject, SwapOutDeployment(MODEL), AdminAnswer)
+    assert told == AdminAnswer("done", "as asked")
+    assert not errors(caplog)
+    await scheduler.publish(f"{api.inbox}.r.x", CHUNK)
+    await scheduler.flush()
+    assert "permissions violation" in errors(caplog)[0]
