@@ -6,12 +6,15 @@
 | 400    | invalid_json, invalid_type, invalid_value,           | the request itself is wrong     |
 |        | unsupported_parameter, context_length_exceeded,       |                                 |
 |        | model_not_supported, ...                             |                                 |
-| 404    | model_not_found, unknown_url                         |                                 |
-| 413    | request_too_large                                    |                                 |
+| 404    | model_not_found, unknown_url, file_not_found,        |                                 |
+|        | batch_not_found                                      |                                 |
+| 409    | file_in_use, batch_not_cancellable                   | not as things stand             |
+| 413    | request_too_large, file_too_large                    |                                 |
 | 429    | queue_full                                           | with Retry-After                |
 | 500    | engine_failed, internal_error                        |                                 |
 | 503    | model_unavailable, bus_unavailable, shutting_down    | with Retry-After                |
 | 504    | deadline_exceeded                                    |                                 |
+| 507    | no_room                                              | for a file                      |
 """
 
 import http
