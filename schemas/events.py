@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias, get_args
 import msgspec
 
 from schemas.decisions import Candidate, DecisionAction, Urgency, Victim
+from schemas.names import RequestClass
 from schemas.state import ModelFacts, SwapTrace
 from schemas.stream import ErrorCode, RequestTiming
 
@@ -175,6 +176,7 @@ class RequestStarted(msgspec.Struct, frozen=True, tag="hotswap.request.v1.starte
     attempt: int
     queue_wait_s: float
     tenant: str = ""
+    klass: RequestClass = "interactive"
 
 
 class RequestEnded(msgspec.Struct, frozen=True, tag="hotswap.request.v1.ended"):
@@ -190,6 +192,8 @@ class RequestEnded(msgspec.Struct, frozen=True, tag="hotswap.request.v1.ended"):
     timing: RequestTiming
     error: ErrorCode | None = None
     tenant: str = ""
+    prefix_tokens: int = 0  # of completion_tokens, those that an earlier attempt computed
+    klass: RequestClass = "interactive"
 
 
 class RequestWithdrawn(msgspec.Struct, frozen=True, tag="hotswap.request.v1.withdrawn"):
@@ -198,7 +202,8 @@ class RequestWithdrawn(msgspec.Struct, frozen=True, tag="hotswap.request.v1.with
     model: str
     request_id: str
     at: float
-    reason: Literal["client_left", "deadline", "model_failed", "shutdown"]
+    # choice_failed: another choice of the same answer did, or found no room in the queue
+    reason: Literal["client_left", "deadline", "model_failed", "shutdown", "choice_failed"]
 
 
 class LeaderElected(msgspec.Struct, frozen=True, tag="hotswap.scheduler.v1.leader_elected"):

@@ -7,7 +7,7 @@ the queue's acknowledgement stays between the agent and JetStream.
 never leaves the api.
 """
 
-from typing import Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 
@@ -20,14 +20,25 @@ class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     name: str | None = None
 
 
-class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
-    """Rendered with the model's own chat template, on the agent."""
+class ChatPrompt(msgspec.Struct, frozen=True, omit_defaults=True, tag="chat"):
+    """Rendered with the model's own chat template, on the agent.
+
+    ``template_kwargs``: further variables of the template. ``reasoning_effort`` and ``documents``
+    are variables, too, but asked for by name: a template that does not know them is an error.
+    """
 
     messages: tuple[ChatMessage, ...]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False  # the last message is left open, and the model goes on
+    add_special_tokens: bool = False  # besides those that the template writes
+    template_kwargs: dict[str, Any] = {}
+    documents: tuple[dict[str, Any], ...] = ()
+    reasoning_effort: str | None = None
 
 
-class TextPrompt(msgspec.Struct, frozen=True, tag="text"):
+class TextPrompt(msgspec.Struct, frozen=True, omit_defaults=True, tag="text"):
     text: str
+    add_special_tokens: bool = True
 
 
 class TokenPrompt(msgspec.Struct, frozen=True, tag="tokens"):
@@ -61,6 +72,16 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     stop_token_ids: tuple[int, ...] = ()  # end the completion, also with ignore_eos
     logit_bias: dict[int, float] = {}  # token id -> added to its logit
     logprobs: int | None = None  # how many alternatives to tell; 0: of the chosen token only
+    allowed_token_ids: tuple[int, ...] = ()  # no others are chosen; (): all are allowed
+    bad_words: tuple[str, ...] = ()  # the last token of each is never chosen after its others
+    include_stop: bool = False  # what ended the completion stays in its text
+    skip_special_tokens: bool = True  # in the text
+    # Of the prompt. Truncation keeps so many tokens, -1: as many as the model can take.
+    truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] = "left"  # where it cuts
+    cache_salt: str = ""  # KV is shared between requests of the same salt only
+    tell_prompt_ids: bool = False  # with the first token
+    tell_prompt_text: bool = False  # likewise
 
 
 MAX_LOGPROBS: Final = 20
@@ -89,6 +110,11 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag="hotswap.request.v1.gener
     created_at: float  # unix seconds, when the api admitted it
     deadline_at: float  # unix seconds; after this nobody waits for the answer
     tenant: str = ""
+    # The first tokens of the answer, where an earlier run gave them: the rest is wanted.
+    prefix_token_ids: tuple[int, ...] = ()
+    # Deliveries of the same request before this message was queued, where the queue itself was lost
+    # and counts from 1 again. Who gets it asks the api first, as for every further delivery.
+    attempts_before: int = 0
 
 
 class EmbedRequest(msgspec.Struct, frozen=True, tag="hotswap.request.v1.embed"):
@@ -106,6 +132,7 @@ class EmbedRequest(msgspec.Struct, frozen=True, tag="hotswap.request.v1.embed"):
     deadline_at: float  # unix seconds; after this nobody waits for the answer
     dimensions: int | None = None  # None: all; fewer are the first ones, normalised again
     tenant: str = ""
+    attempts_before: int = 0  # as in GenerateRequest
 
 
 Request: TypeAlias = GenerateRequest | EmbedRequest
@@ -121,5 +148,10 @@ class VerifyRequest(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.verify"):
 
 
 class CancelRequest(msgspec.Struct, frozen=True, tag="hotswap.request.v1.cancel"):
+    """``gpu``: the request goes on elsewhere, and only this GPU's agent is to forget it, without
+    ending it; "" cancels it wherever it is.
+    """
+
     request_id: str
     model: str
+    gpu: str = ""

@@ -155,6 +155,7 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
     reason: str = ""  # why it failed
     cached_bytes: int = 0  # of its weights, still on the device though swapped out
     settings: str = ""  # fingerprint of what it was registered with; empty: not told
+    batch_in_flight: int = 0  # of in_flight: those of class batch
 
 
 class AgentStatus(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.status"):

@@ -2,9 +2,16 @@
 
     Started  ( Tokens* | Vectors* )  ( Finished | Failed )        Failed may also come first
 
-``attempt`` counts deliveries of the request. A second attempt starts again from token
-0 with the same seed; ``index`` is the position of a chunk's first token, so whoever has
-already sent k tokens skips those below k and the client sees one unbroken stream.
+``attempt`` counts deliveries of the request. From the second one on the agent asks first what the
+api has of the answer, and begins behind that:
+
+    agent                          api
+      | -- Resuming ---------------> |        an earlier attempt sent t0 t1 t2
+      | <------------- ResumeFrom -- |        run, t0 t1 t2
+      | -- Started, t3, t4 ... ----> |
+
+``index`` is the position of a chunk's first token, so whoever has already sent k tokens skips
+those below k and the client sees one unbroken stream.
 Vectors answer an EmbedRequest: those of a later attempt replace those of an earlier one.
 """
 
@@ -72,6 +79,14 @@ class TokenLogprobs(msgspec.Struct, frozen=True, omit_defaults=True):
     top: tuple[TokenLogprob, ...] = ()  # likeliest first
 
 
+class PromptTold(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What became of the prompt. Its ids and its text only where the request asks for them."""
+
+    num_tokens: int
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+
+
 class Tokens(msgspec.Struct, frozen=True, omit_defaults=True, tag="hotswap.stream.v1.tokens"):
     request_id: str
     attempt: int
@@ -79,6 +94,7 @@ class Tokens(msgspec.Struct, frozen=True, omit_defaults=True, tag="hotswap.strea
     token_ids: tuple[int, ...]
     text: str  # what these tokens add; never half a UTF-8 character
     logprobs: tuple[TokenLogprobs, ...] = ()  # of each of token_ids, where the request asks
+    prompt: PromptTold | None = None  # where index is 0
 
 
 class Vectors(msgspec.Struct, frozen=True, tag="hotswap.stream.v1.vectors"):
@@ -99,6 +115,7 @@ class Finished(msgspec.Struct, frozen=True, tag="hotswap.stream.v1.finished"):
     completion_tokens: int
     timing: RequestTiming
     text: str = ""  # what the detokeniser still held back
+    cached_tokens: int = 0  # of the prompt, whose KV was there already
 
 
 class Failed(msgspec.Struct, frozen=True, tag="hotswap.stream.v1.failed"):
@@ -108,4 +125,24 @@ class Failed(msgspec.Struct, frozen=True, tag="hotswap.stream.v1.failed"):
     message: str
 
 
-Chunk: TypeAlias = Started | Tokens | Vectors | Finished | Failed
+class Resuming(msgspec.Struct, frozen=True, tag="hotswap.stream.v1.resuming"):
+    """This agent was given a request that may have run before. Answered by ResumeFrom."""
+
+    request_id: str
+    gpu: str
+    attempt: int
+
+
+Chunk: TypeAlias = Started | Tokens | Vectors | Finished | Failed | Resuming
+
+
+class ResumeFrom(msgspec.Struct, frozen=True, tag="hotswap.stream.v1.resume_from"):
+    """api -> agent, on the reply subject of Resuming.
+
+    ``verdict``: "run" it behind ``token_ids``; "cancel" it, since nobody waits for it any more; or
+    "drop" it: it has ended, and was told so.
+    """
+
+    request_id: str
+    verdict: Literal["run", "cancel", "drop"]
+    token_ids: tuple[int, ...] = ()

@@ -1,11 +1,12 @@
 """The answer to one request, put together from the chunks of one or more runs of it.
 
-A request may be run more than once: its agent died, or the NATS server lost the queue. Every
-run starts again at token 0 with the same seed, so all runs say the same, and what the client
-already has is skipped:
+A request may be run more than once: its agent died, or the NATS server lost the queue. A later
+run begins behind what is known here, or, where nobody could ask, at token 0 with the same seed. All
+runs say the same, and what the client already has is skipped:
 
     run 1   t0 t1 t2 t3 |            "Once upon"
-    run 2   t0 t1 t2 t3 t4 t5        "Once upon" " a time"
+    run 2                t4 t5                   " a time"
+    run 2'  t0 t1 t2 t3 t4 t5        "Once upon" " a time"
                         `---'                    `-------' new: goes to the client
 
 Token ids and text are both compared over the part that is known. The text known at a token
@@ -15,7 +16,7 @@ valid for every run.
 
 from dataclasses import dataclass
 
-from schemas.stream import Finished, TokenLogprobs, Tokens
+from schemas.stream import Finished, PromptTold, TokenLogprobs, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class Piece:
 
     text: str
     logprobs: tuple[TokenLogprobs, ...] = ()
+    token_ids: tuple[int, ...] = ()  # the new ones
 
 
 class Diverged(Exception):
@@ -35,6 +37,7 @@ class Answer:
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
+        self.prompt: PromptTold | None = None  # comes with the first token
         self._pieces: list[str] = []
         self._num_chars = 0
         self._char_at = {0: 0}  # token index -> characters known before that token
@@ -46,9 +49,9 @@ class Answer:
         self._attempts[run] = max(newest, attempt)
         return attempt < newest
 
-    def queued_again(self, run: str) -> None:
-        """A restarted server counts deliveries from 1 again."""
-        self._attempts.pop(run, None)
+    def num_attempts(self, run: str) -> int:
+        """The newest one that was heard of; 0: none."""
+        return self._attempts.get(run, 0)
 
     def add(self, chunk: Tokens) -> Piece | None:
         """What ``chunk`` adds; None where it adds nothing. Raises Diverged.
@@ -56,6 +59,7 @@ class Answer:
         A chunk that begins beyond what is known (one before it was lost) adds nothing: a
         later run, or `missing` at the end, makes up for it.
         """
+        self.prompt = chunk.prompt or self.prompt
         index, known = chunk.index, len(self.token_ids)
         start = self._char_at.get(index)
         if index > known or start is None:
@@ -74,7 +78,13 @@ class Answer:
         self.token_ids.extend(fresh)
         self._append(text)
         self._char_at.setdefault(index + len(chunk.token_ids), start + len(chunk.text))
-        return Piece(text, chunk.logprobs[len(overlap) :]) if fresh or text else None
+        if not fresh and not text:
+            return None
+        return Piece(text, chunk.logprobs[len(overlap) :], tuple(fresh))
+
+    def has_gap_before(self, chunk: Tokens) -> bool:
+        """Whether tokens between what is known and ``chunk`` were lost."""
+        return chunk.index > len(self.token_ids)
 
     def missing(self, chunk: Finished) -> int:
         """How many tokens of a finished run never arrived."""

@@ -37,7 +37,10 @@ class Call:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.started: Started | None = None
+        self.started: Started | None = None  # the newest one: where it is now
+        self.first_started: Started | None = None  # how it began
+        self.waited_s = 0.0  # until then
+        self.num_resumed = 0  # how often another agent, or the same one anew, went on with it
         self.finished: Finished | None = None
         self.answer = Answer()
         # Of a request for embeddings: they come as one, there is nothing to `read` before the end.
@@ -49,7 +52,7 @@ class Call:
         self._cause: Exception | None = None
         self._pieces: list[Piece] = []
         self._buffered_tokens = 0
-        self._news = asyncio.Event()
+        self.news = asyncio.Event()  # of whoever reads: several calls may share one
 
     @property
     def request_id(self) -> str:
@@ -67,8 +70,18 @@ class Call:
         return "messages" if isinstance(self.request.prompt, ChatPrompt) else "prompt"
 
     @property
+    def timeout_s(self) -> float:
+        """From its admission to its end."""
+        return self.request.deadline_at - self.request.created_at
+
+    @property
     def ended(self) -> bool:
         return self.finished is not None or self._cause is not None
+
+    @property
+    def has_failed(self) -> bool:
+        """It ended with an error."""
+        return isinstance(self._cause, Exception) and not isinstance(self._cause, ClientLeft)
 
     @property
     def newest_run(self) -> str:
@@ -83,13 +96,25 @@ class Call:
         num_tokens = len(self.answer.token_ids)
         return f"running on gpu {self.started.gpu!r} with {num_tokens} tokens done"
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether an agent has said that it works on the newest run."""
+        return self.started is not None and self.started.request_id == self.newest_run
+
     # -- the relay's side ------------------------------------------------------------------
+
+    def start(self, started: Started) -> None:
+        """An agent has begun with it, or goes on with it."""
+        self.started = started
+        if self.first_started is None:
+            self.first_started = started
+            self.waited_s = max(0.0, time.time() - self.request.created_at)
 
     def push(self, piece: Piece, num_tokens: int) -> ApiError | None:
         """Add a piece for the reader. An error where it is too far behind."""
         self._pieces.append(piece)
         self._buffered_tokens += num_tokens
-        self._news.set()
+        self.news.set()
         if self._buffered_tokens > MAX_BUFFERED_TOKENS:
             return slow_reader(self._buffered_tokens)
         return None
@@ -103,18 +128,27 @@ class Call:
             self._cause = how
         if self.timer:
             self.timer.cancel()
-        self._news.set()
+        self.news.set()
 
     # -- the HTTP side ---------------------------------------------------------------------
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `read` has something to say at once."""
+        return bool(self._pieces) or self.ended
 
     async def read(self) -> list[Piece]:
         """The pieces that came since the last call; [] once the answer is complete.
 
         Waits until there is something. Raises ApiError or ClientLeft where the request ended so.
         """
-        while not self._pieces and not self.ended:
-            self._news.clear()
-            await self._news.wait()
+        while not self.has_news:
+            self.news.clear()
+            await self.news.wait()
+        return self.take()
+
+    def take(self) -> list[Piece]:
+        """As `read`, but at once; also [] where there is nothing now."""
         if isinstance(self._cause, ClientLeft):
             raise self._cause
         if self._pieces:
@@ -129,9 +163,9 @@ class Background:
     """What is done for calls beside their HTTP requests."""
 
     def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
-    def run(self, call: Call, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def run(self, call: Call, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Start ``work``, in the trace of ``call``."""
         task = asyncio.create_task(work, context=call.context.copy())
         self._tasks.add(task)
@@ -143,7 +177,7 @@ class Background:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
 
-    def _on_done(self, task: asyncio.Task[None]) -> None:
+    def _on_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             if isinstance(error, BusError):  # whoever waits for the task answers it

@@ -4,6 +4,7 @@ Settings are those of ``[models.NAME]`` in hotswap.toml, with the same names, ch
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -66,7 +67,7 @@ _NEAREST: tuple[ReplicaState, ...] = (
 assert set(_NEAREST) == set(get_args(ReplicaState))
 
 
-def nearest(gpus: dict[str, ReplicaState]) -> ReplicaState:
+def nearest(gpus: Mapping[str, ReplicaState]) -> ReplicaState:
     """The state of the replica that would answer first."""
     return min(gpus.values(), key=_NEAREST.index, default="cold")
 

@@ -135,7 +135,7 @@ async def delete_deployment(request: HttpRequest, state: State, name: PathName) 
     if_match = _if_match(request)
     await _ask(state, DeleteDeployment(name, _who(request), if_match, drain))
     is_gone = await catalog.until(
-        lambda: _known(catalog, name) is None and not catalog.gpus_of(name), max(wait_s, _SEEN_S)
+        lambda: _known(catalog, name) is None and not catalog.states(name), max(wait_s, _SEEN_S)
     )
     words = "" if is_gone else "its running requests end first"
     return _result(catalog, name, is_gone, words)
@@ -175,7 +175,7 @@ async def _swap_in(request: HttpRequest, state: State, name: str) -> Response[by
 
     def is_there() -> bool:
         return any(
-            where == "resident" and gpu in ("", one) for one, where in catalog.gpus_of(name).items()
+            where == "resident" and gpu in ("", one) for one, where in catalog.states(name).items()
         )
 
     is_done = answer.outcome == "done" or await catalog.until(is_there, wait_s)
@@ -204,11 +204,11 @@ async def _move(request: HttpRequest, state: State, name: str) -> Response[bytes
     answer = await _ask(state, ask)
 
     def has_moved() -> bool:
-        gpus = catalog.gpus_of(name)
+        gpus = catalog.states(name)
         return gpus.get(where.to) == "resident" and gpus.get(where.from_) not in _ON_DEVICE
 
     is_done = await catalog.until(has_moved, wait_s)
-    if wait_s and not is_done and catalog.gpus_of(name).get(where.to) != "resident":
+    if wait_s and not is_done and catalog.states(name).get(where.to) != "resident":
         raise _not_done(f"{name} was not on {where.to} within {wait_s:g} s", answer.reason)
     return _result(catalog, name, is_done, answer.reason)
 
@@ -224,7 +224,7 @@ async def _drain(request: HttpRequest, state: State, name: str) -> Response[byte
 
 def _is_on_device(catalog: Catalog, name: str, gpu: str) -> bool:
     return any(
-        where in _ON_DEVICE and gpu in ("", one) for one, where in catalog.gpus_of(name).items()
+        where in _ON_DEVICE and gpu in ("", one) for one, where in catalog.states(name).items()
     )
 
 
@@ -238,7 +238,7 @@ async def _ask(state: State, message: AdminRequest) -> AdminAnswer:
         raise _unavailable("The message bus does not answer; nothing was changed.")
     subject = names.admin_subject(action_of(message), message.model)
     try:
-        answer = await bus.request(subject, message, AdminAnswer)
+        answer: AdminAnswer = await bus.request(subject, message, AdminAnswer)
     except NoResponder as error:
         raise _unavailable("No scheduler leads, so nothing was changed; try again.") from error
     except BusError as error:
@@ -374,7 +374,7 @@ def _optional_body(body: bytes, kind: type[T]) -> T:
 
 
 def _info(catalog: Catalog, record: DeploymentRecord) -> DeploymentInfo:
-    return describe(record, catalog.gpus_of(record.spec.name))
+    return describe(record, catalog.states(record.spec.name))
 
 
 def _deployment(catalog: Catalog, record: DeploymentRecord, status: int = 200) -> Response[bytes]:

@@ -17,10 +17,12 @@ from schemas.requests import EmbedInput
 from services.api import fields
 from services.api.call import Call, ClientLeft
 from services.api.errors import invalid
+from services.api.forms import served_of
 from services.api.openai import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
 from services.api.parsing import Prepare, as_it_came, convert, json_object
 from services.api.relay import Relay
-from services.api.respond import answer_headers, watch
+from services.api.respond import watch
+from services.api.served import answer_headers
 from services.api.vectors import FLOAT_BYTES
 
 MAX_INPUTS = 2048  # as OpenAI
@@ -35,6 +37,7 @@ class ParsedEmbeddings:
     dimensions: int | None
     encoding: Literal["float", "base64"]
     ignored: list[str]
+    timeout_s: float | None = None  # as the body says
 
 
 def parse_embeddings(body: bytes, prepare: Prepare = as_it_came) -> ParsedEmbeddings:
@@ -51,6 +54,7 @@ def parse_embeddings(body: bytes, prepare: Prepare = as_it_came) -> ParsedEmbedd
         dimensions=request.dimensions,
         encoding=request.encoding_format or "float",
         ignored=fields.ignored(raw, "embedding", request.__struct_fields__),
+        timeout_s=request.timeout,
     )
 
 
@@ -91,7 +95,7 @@ async def respond_embeddings(
 
     ``receive`` tells when the client goes away.
     """
-    watching = asyncio.create_task(watch(receive, relay, call))
+    watching = asyncio.create_task(watch(receive, lambda: relay.client_left(call)))
     try:
         while await call.read():
             pass  # there is no text
@@ -100,10 +104,10 @@ async def respond_embeddings(
     finally:
         watching.cancel()
         relay.client_left(call)  # nothing, where the call has ended
-    return ASGIResponse(body=_body_of(parsed, call), headers=answer_headers(parsed.ignored, call))
+    return ASGIResponse(body=body_of(parsed, call), headers=answer_headers(parsed.ignored, call))
 
 
-def _body_of(parsed: ParsedEmbeddings, call: Call) -> bytes:
+def body_of(parsed: ParsedEmbeddings, call: Call) -> bytes:
     """The answer as OpenAI's JSON."""
     assert call.vectors is not None
     assert call.finished is not None
@@ -113,7 +117,8 @@ def _body_of(parsed: ParsedEmbeddings, call: Call) -> bytes:
     ]
     num_tokens = call.finished.prompt_tokens
     usage = EmbeddingUsage(num_tokens, num_tokens)
-    return msgspec.json.encode(EmbeddingList(data, parsed.model, usage))
+    told = served_of(call)
+    return msgspec.json.encode(EmbeddingList(data, parsed.model, usage, hotswap=told))
 
 
 def _encoded(vector: bytes, encoding: Literal["float", "base64"]) -> list[float] | str:

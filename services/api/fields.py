@@ -5,17 +5,20 @@ the same field set to "no such thing please" is fine, since many clients send de
 Fields that nobody here knows are accepted, and named in a response header.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 from urllib.parse import quote
 
 from services.api.errors import ApiError
 
-Endpoint: TypeAlias = Literal["chat", "completion", "embedding"]
+Endpoint: TypeAlias = Literal["chat", "completion", "embedding", "tokenize", "detokenize"]
 
 IGNORED_HEADER = "x-hotswap-ignored-fields"
 _MAX_NAMED = 20
 _MAX_NAME = 64
+
+STREAM_OPTIONS = frozenset({"include_usage", "include_obfuscation", "continuous_usage_stats"})
 
 # Accepted whatever they say: they ask for no behaviour of this server.
 HARMLESS = frozenset(
@@ -23,29 +26,30 @@ HARMLESS = frozenset(
         "metadata",
         "parallel_tool_calls",  # means nothing without tools
         "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
+        "return_mm_kwargs",  # of an endpoint that is not here
         "safety_identifier",
         "service_tier",
+        "session_id",
         "user",
     }
 )
 
+_HARMLESS_OF: dict[Endpoint, frozenset[str]] = {
+    "embedding": frozenset({"cache_salt", "request_id"}),  # no cache, and no id in the answer
+}
+
 # field -> the values, besides null, that ask for nothing
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
     "store": (False,),
-    # vLLM's extensions
-    "length_penalty": (1,),
-    "use_beam_search": (False,),
-    "early_stopping": (False,),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True, False),
-    "truncate_prompt_tokens": (),
+    "logprob_token_ids": (),
     "prompt_logprobs": (),
-    "allowed_token_ids": ([],),
-    "bad_words": ([],),
+    # vLLM's extensions
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "spaces_between_special_tokens": (True, False),  # means something to slow tokenizers only
     "logits_processors": ([],),
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
@@ -54,9 +58,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guided_choice": ([],),
     "guided_grammar": (),
     "priority": (0,),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
+    "watermarking": (False,),
+    "repetition_detection": (),
+    "thinking_token_budget": (-1,),
+    "stream_interval": (1,),
+    "routed_experts_prompt_start": (0,),
+    "return_token_offsets": (False,),
     "kv_transfer_params": (),
+    "ec_transfer_params": (),
+    "vllm_xargs": ({},),
 }
 
 _NEUTRAL_OF: dict[Endpoint, dict[str, tuple[Any, ...]]] = {
@@ -69,37 +79,53 @@ _NEUTRAL_OF: dict[Endpoint, dict[str, tuple[Any, ...]]] = {
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
-        "reasoning_effort": ("none",),
         "verbosity": ("medium",),
         "web_search_options": (),
-        "echo": (False,),
-        "add_generation_prompt": (True,),
-        "continue_final_message": (False,),
-        "add_special_tokens": (False,),
-        "documents": ([],),
-        "chat_template": (),
-        "chat_template_kwargs": ({},),
+        "moderation": (),
+        # vLLM's extensions
+        "chat_template": (),  # one from a client would be code from a client
+        "include_reasoning": (True,),
+        "return_prompt_text": (False,),
         "mm_processor_kwargs": ({},),
+        "media_io_kwargs": ({},),
     },
     "completion": _NEUTRAL
     | {
-        "echo": (False,),
         "suffix": ("",),
-        "add_special_tokens": (True,),
         "prompt_embeds": (),
     },
     # vLLM's extensions
     "embedding": {
+        "messages": (),
         "add_special_tokens": (True,),
         "truncate_prompt_tokens": (),
+        "truncation_side": (),
+        "padding": ("do_not_pad",),
         "priority": (0,),
+        "embed_dtype": ("float32",),
+        "endianness": ("native", "little"),
+        "use_activation": (),
+        "normalize": (True,),
+        "mm_processor_kwargs": ({},),
     },
+    "tokenize": {
+        "chat_template": (),
+        "tools": ([],),
+        "mm_processor_kwargs": ({},),
+        "media_io_kwargs": ({},),
+    },
+    "detokenize": {},
 }
 
 
 def unsupported(endpoint: Endpoint) -> Mapping[str, tuple[Any, ...]]:
     """Known fields that are not implemented, with the values that are let through."""
     return _NEUTRAL_OF[endpoint]
+
+
+def harmless(endpoint: Endpoint) -> frozenset[str]:
+    """Known fields that change nothing, whatever they say."""
+    return HARMLESS | _HARMLESS_OF.get(endpoint, frozenset())
 
 
 def refuse_unsupported(body: Mapping[str, Any], endpoint: Endpoint) -> None:
@@ -114,10 +140,19 @@ def refuse_unsupported(body: Mapping[str, Any], endpoint: Endpoint) -> None:
         raise ApiError(400, "unsupported_parameter", message, param=key)
 
 
+@functools.cache
+def _known(endpoint: Endpoint, implemented: tuple[str, ...]) -> frozenset[str]:
+    return frozenset((*implemented, *_NEUTRAL_OF[endpoint], *harmless(endpoint)))
+
+
 def ignored(body: Mapping[str, Any], endpoint: Endpoint, implemented: Iterable[str]) -> list[str]:
     """Names in ``body`` that mean nothing to this server, in the client's order."""
-    known = {*implemented, *_NEUTRAL_OF[endpoint], *HARMLESS}
-    return [key for key in body if key not in known]
+    known = _known(endpoint, tuple(implemented))
+    found = [key for key in body if key not in known]
+    options = body.get("stream_options")
+    if "stream_options" in known and isinstance(options, dict):
+        found += [f"stream_options.{key}" for key in options if key not in STREAM_OPTIONS]
+    return found
 
 
 def ignored_header(names: list[str]) -> dict[str, str]:

@@ -10,39 +10,47 @@ from schemas.stream import TokenLogprob, TokenLogprobs
 from services.api import openai
 
 
-def of_chat(tokens: Sequence[TokenLogprobs]) -> openai.ChatLogprobs | None:
-    """As in ``choices[].logprobs`` of chat completions; None where there are none."""
+def of_chat(tokens: Sequence[TokenLogprobs], as_ids: bool = False) -> openai.ChatLogprobs | None:
+    """As in ``choices[].logprobs`` of chat completions; None where there are none.
+
+    ``as_ids``: tokens are called "token_id:ID", for those whose text does not tell them apart.
+    """
     if not tokens:
         return None
     return openai.ChatLogprobs(
         [
             openai.ChatLogprob(
-                *_named(token.chosen), [openai.TopLogprob(*_named(o)) for o in token.top]
+                *_named(token.chosen, as_ids),
+                [openai.TopLogprob(*_named(other, as_ids)) for other in token.top],
             )
             for token in tokens
         ]
     )
 
 
-def of_text(tokens: Sequence[TokenLogprobs]) -> openai.TextLogprobs | None:
+def of_text(tokens: Sequence[TokenLogprobs], as_ids: bool = False) -> openai.TextLogprobs | None:
     """As in ``choices[].logprobs`` of completions; None where there are none."""
     if not tokens:
         return None
     return openai.TextLogprobs(
         text_offset=[token.offset for token in tokens],
         token_logprobs=[token.chosen.logprob for token in tokens],
-        tokens=[token.chosen.text for token in tokens],
-        top_logprobs=[_top(token) for token in tokens],
+        tokens=[_name(token.chosen, as_ids) for token in tokens],
+        top_logprobs=[_top(token, as_ids) for token in tokens],
     )
 
 
-def _top(token: TokenLogprobs) -> dict[str, float]:
+def _top(token: TokenLogprobs, as_ids: bool) -> dict[str, float]:
     # Two tokens may have the same text: the likelier one comes first, and stays.
     found: dict[str, float] = {}
     for one in (*token.top, token.chosen):
-        found.setdefault(one.text, one.logprob)
+        found.setdefault(_name(one, as_ids), one.logprob)
     return found
 
 
-def _named(one: TokenLogprob) -> tuple[str, float, list[int]]:
-    return one.text, one.logprob, list(one.raw or one.text.encode())
+def _name(one: TokenLogprob, as_ids: bool) -> str:
+    return f"token_id:{one.token_id}" if as_ids else one.text
+
+
+def _named(one: TokenLogprob, as_ids: bool) -> tuple[str, float, list[int]]:
+    return _name(one, as_ids), one.logprob, list(one.raw or one.text.encode())

@@ -4,12 +4,14 @@ Requests list the fields that are implemented; `services.api.fields` knows the o
 Every optional request field may be null, since clients send their defaults that way.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from schemas.state import ReplicaState
+from schemas.stream import StartKind
 
 Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
 WireFinishReason: TypeAlias = Literal["stop", "length"]
@@ -61,6 +63,21 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     repetition_penalty: float | None = None
     stop_token_ids: list[int] | None = None
     logit_bias: dict[str, float] | None = None  # token id, as JSON keys are, -> bias
+    n: int | None = None  # choices for each prompt
+    echo: bool | None = None
+    # vLLM's
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    cache_salt: str | None = None
+    request_id: str | None = None  # part of the answer's id
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None  # in log probabilities
+    timeout: float | None = None  # seconds for the whole answer, then 504
 
 
 class ChatCompletionRequest(SamplingFields, kw_only=True):
@@ -70,13 +87,21 @@ class ChatCompletionRequest(SamplingFields, kw_only=True):
     max_completion_tokens: int | None = None  # the newer name of max_tokens; wins over it
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
 
 
 class CompletionRequest(SamplingFields, kw_only=True):
-    """``POST /v1/completions``. ``prompt``: text, token ids, or a list with one of these."""
+    """``POST /v1/completions``. ``prompt``: text, token ids, or a list of either kind."""
 
     prompt: str | list[str | int | list[int]]
     logprobs: bool | int | None = None  # how many alternatives; of the booleans false only
+    best_of: int | None = None  # n, since all that were generated are told
 
 
 class EmbeddingRequest(msgspec.Struct):
@@ -86,15 +111,60 @@ class EmbeddingRequest(msgspec.Struct):
     input: str | list[str | int | list[int]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None  # the first so many of each vector, normalised again
+    timeout: float | None = None  # seconds for the whole answer, then 504
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True):
+    """``POST /tokenize``, as vLLM has it: a ``prompt``, or the ``messages`` of a chat."""
+
+    model: str
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None  # true for a prompt, false for a chat
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(msgspec.Struct):
+    """``POST /detokenize``, as vLLM has it."""
+
+    model: str
+    tokens: list[int]
 
 
 # -- responses -----------------------------------------------------------------------------
 
 
+class PromptTokensDetails(msgspec.Struct):
+    """``cached_tokens``: what an earlier request had computed already."""
+
+    cached_tokens: int
+
+
 class Usage(msgspec.Struct):
+    """Each prompt counts once, however many choices it has."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | UnsetType = UNSET
+
+
+class Served(msgspec.Struct, omit_defaults=True):
+    """What this server adds beside ``usage``: how the request came to its model.
+
+    ``waited_s``: from its admission until the model was there and began with it. ``swap_*``: the
+    swap-in that it waited for, if any. ``num_resumed``: how often its agent died and it went on.
+    """
+
+    start: StartKind
+    gpu: str
+    waited_s: float
+    swap_s: float | None = None
+    swap_bytes: int | None = None
+    num_resumed: int = 0
 
 
 class TopLogprob(msgspec.Struct):
@@ -139,6 +209,7 @@ class ChatChoice(msgspec.Struct):
     finish_reason: WireFinishReason
     index: int = 0
     logprobs: ChatLogprobs | None = None
+    token_ids: Sequence[int] | UnsetType = UNSET  # with return_token_ids
 
 
 class ChatCompletion(msgspec.Struct):
@@ -148,6 +219,8 @@ class ChatCompletion(msgspec.Struct):
     choices: list[ChatChoice]
     usage: Usage
     object: Literal["chat.completion"] = "chat.completion"
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET  # with return_token_ids
+    hotswap: Served | UnsetType = UNSET
 
 
 class TextChoice(msgspec.Struct):
@@ -155,6 +228,8 @@ class TextChoice(msgspec.Struct):
     finish_reason: WireFinishReason | None = None
     index: int = 0
     logprobs: TextLogprobs | None = None
+    token_ids: Sequence[int] | UnsetType = UNSET  # with return_token_ids
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET  # likewise; in a stream once
 
 
 class Completion(msgspec.Struct):
@@ -166,6 +241,7 @@ class Completion(msgspec.Struct):
     choices: list[TextChoice]
     usage: Usage | UnsetType | None = UNSET
     object: Literal["text_completion"] = "text_completion"
+    hotswap: Served | UnsetType = UNSET  # with the usage
 
 
 class Delta(msgspec.Struct, omit_defaults=True):
@@ -178,6 +254,7 @@ class ChatChunkChoice(msgspec.Struct):
     finish_reason: WireFinishReason | None = None
     index: int = 0
     logprobs: ChatLogprobs | None = None
+    token_ids: Sequence[int] | UnsetType = UNSET  # with return_token_ids
 
 
 class ChatCompletionChunk(msgspec.Struct):
@@ -189,6 +266,8 @@ class ChatCompletionChunk(msgspec.Struct):
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET  # with return_token_ids; the first only
+    hotswap: Served | UnsetType = UNSET  # with the usage
 
 
 class Embedding(msgspec.Struct):
@@ -211,6 +290,22 @@ class EmbeddingList(msgspec.Struct):
     model: str
     usage: EmbeddingUsage
     object: Literal["list"] = "list"
+    hotswap: Served | UnsetType = UNSET
+
+
+class Tokenization(msgspec.Struct):
+    """The tokens of a text. ``token_strs``: the tokenizer's own name of each, where asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: Sequence[int]
+    token_strs: Sequence[str] | None = None
+
+
+class Detokenization(msgspec.Struct):
+    """The text of tokens."""
+
+    prompt: str
 
 
 class HotswapInfo(msgspec.Struct):

@@ -19,15 +19,13 @@ from schemas.requests import (
     MAX_LOGPROBS,
     SAMPLING_RANGES,
     ChatMessage,
-    ChatPrompt,
     Prompt,
     SamplingParams,
-    TextPrompt,
-    TokenPrompt,
 )
-from services.api import fields
+from services.api import fields, prompts
 from services.api.errors import ApiError, invalid
 from services.api.fields import Endpoint, show
+from services.api.form import AnswerForm, form_of
 from services.api.openai import ChatCompletionRequest, CompletionRequest, Message, SamplingFields
 
 T = TypeVar("T")
@@ -36,7 +34,7 @@ Prepare: TypeAlias = Callable[[dict[str, Any], Endpoint], dict[str, Any]]
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default on /v1/completions; chat has none
 MAX_STOPS = 4
 
-_SEED_BITS = (1 << 63) - 1
+SEED_BITS = (1 << 63) - 1
 _MIN_SEED, _MAX_SEED = -(1 << 63), (1 << 63) - 1
 _MAX_COUNT = (1 << 31) - 1  # more tokens than any model holds
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")  # as a JSON key
@@ -49,15 +47,21 @@ def as_it_came(raw: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Parsed:
-    """One valid request. ``ignored``: the fields that nobody here knows."""
+    """One valid request: ``form.n`` choices for each of ``prompts``.
+
+    ``is_seeded``: the client chose the seed. ``ignored``: the fields that nobody here knows.
+    """
 
     endpoint: Endpoint
     model: str
-    prompt: Prompt
+    prompts: tuple[Prompt, ...]
     sampling: SamplingParams
+    is_seeded: bool
     stream: bool
     include_usage: bool
+    form: AnswerForm
     ignored: list[str]
+    timeout_s: float | None = None  # as the body says
 
 
 def parse_chat(body: bytes, prepare: Prepare = as_it_came) -> Parsed:
@@ -65,11 +69,10 @@ def parse_chat(body: bytes, prepare: Prepare = as_it_came) -> Parsed:
     raw = prepare(json_object(body), "chat")
     fields.refuse_unsupported(raw, "chat")
     request = convert(raw, ChatCompletionRequest)
-    if not request.messages:
-        raise invalid("messages", "messages = [] must hold at least one message.")
-    messages = tuple(_message(i, message) for i, message in enumerate(request.messages))
+    messages = messages_of(request.messages)
     key = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
-    return _parsed("chat", request, raw, ChatPrompt(messages), key, getattr(request, key))
+    prompt = prompts.of_chat(request, messages)
+    return _parsed("chat", request, raw, (prompt,), key, getattr(request, key))
 
 
 def parse_completion(body: bytes, prepare: Prepare = as_it_came) -> Parsed:
@@ -78,36 +81,34 @@ def parse_completion(body: bytes, prepare: Prepare = as_it_came) -> Parsed:
     fields.refuse_unsupported(raw, "completion")
     request = convert(raw, CompletionRequest)
     max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
-    prompt = _prompt(request.prompt)
-    return _parsed("completion", request, raw, prompt, "max_tokens", max_tokens)
+    given = prompts.of_completion(request)
+    return _parsed("completion", request, raw, given, "max_tokens", max_tokens)
 
 
 def _parsed(
     endpoint: Endpoint,
     request: SamplingFields,
     raw: dict[str, Any],
-    prompt: Prompt,
+    given: tuple[Prompt, ...],
     max_key: str,
     max_tokens: int | None,
 ) -> Parsed:
     options = request.stream_options
     if options and not request.stream:
         raise invalid("stream_options", "stream_options is only allowed where stream is true.")
-    if options and options.continuous_usage_stats:
-        raise ApiError(
-            400,
-            "unsupported_parameter",
-            "stream_options.continuous_usage_stats = true is not supported; leave it out.",
-            param="stream_options.continuous_usage_stats",
-        )
+    form = form_of(request, given)
+    sampling = _sampling(request, max_key, max_tokens)
     return Parsed(
         endpoint=endpoint,
         model=request.model,
-        prompt=prompt,
-        sampling=_sampling(request, max_key, max_tokens),
+        prompts=given,
+        sampling=prompts.with_options(sampling, request, form),
+        is_seeded=request.seed is not None,
         stream=bool(request.stream),
         include_usage=bool(options and options.include_usage),
+        form=form,
         ignored=fields.ignored(raw, endpoint, request.__struct_fields__),
+        timeout_s=request.timeout,
     )
 
 
@@ -157,6 +158,13 @@ def _explain(error: msgspec.ValidationError, raw: dict[str, Any]) -> ApiError:
 # -- prompts -------------------------------------------------------------------------------
 
 
+def messages_of(given: list[Message]) -> tuple[ChatMessage, ...]:
+    """The messages of a chat, at least one. Raises ApiError (400)."""
+    if not given:
+        raise invalid("messages", "messages = [] must hold at least one message.")
+    return tuple(_message(i, message) for i, message in enumerate(given))
+
+
 def _message(index: int, message: Message) -> ChatMessage:
     where = f"messages[{index}]"
     for key in ("tool_calls", "function_call"):
@@ -182,22 +190,6 @@ def _message(index: int, message: Message) -> ChatMessage:
     return ChatMessage(role, "\n".join(texts), message.name)
 
 
-def _prompt(prompt: str | list[Any]) -> Prompt:
-    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
-        prompt = prompt[0]  # a batch of one
-    if isinstance(prompt, str):
-        return TextPrompt(prompt)
-    if not prompt:
-        raise invalid("prompt", "prompt = [] must hold text or token ids.")
-    if not all(isinstance(token, int) for token in prompt):
-        words = f"prompt has {len(prompt)} entries; only one prompt per request is supported: "
-        words += "a string, a list of token ids, or a list with exactly one of these."
-        raise ApiError(400, "unsupported_parameter", words, param="prompt")
-    if min(prompt) < 0:
-        raise invalid("prompt", f"prompt: {min(prompt)} is not a token id; they start at 0.")
-    return TokenPrompt(tuple(prompt))
-
-
 # -- sampling ------------------------------------------------------------------------------
 
 
@@ -214,7 +206,7 @@ def _sampling(request: SamplingFields, max_key: str, max_tokens: int | None) -> 
     if max_tokens is not None and min_tokens > max_tokens:
         words = f"min_tokens = {min_tokens} must not be greater than {max_key} = {max_tokens}."
         raise invalid("min_tokens", words)
-    seed = secrets.randbits(63) if request.seed is None else request.seed & _SEED_BITS
+    seed = secrets.randbits(63) if request.seed is None else request.seed & SEED_BITS
     return SamplingParams(
         seed=seed,
         max_tokens=max_tokens,
@@ -230,9 +222,13 @@ def _sampling(request: SamplingFields, max_key: str, max_tokens: int | None) -> 
         repetition_penalty=1.0
         if request.repetition_penalty is None
         else request.repetition_penalty,
-        stop_token_ids=_stop_token_ids(request.stop_token_ids),
+        stop_token_ids=_token_ids("stop_token_ids", request.stop_token_ids),
         logit_bias=_logit_bias(request.logit_bias),
         logprobs=_logprobs(request),
+        allowed_token_ids=_token_ids("allowed_token_ids", request.allowed_token_ids),
+        bad_words=_bad_words(request.bad_words),
+        include_stop=bool(request.include_stop_str_in_output),
+        skip_special_tokens=request.skip_special_tokens is not False,
     )
 
 
@@ -264,11 +260,19 @@ def _logit_bias(bias: dict[str, float] | None) -> dict[int, float]:
     return found
 
 
-def _stop_token_ids(ids: list[int] | None) -> tuple[int, ...]:
+def _token_ids(key: str, ids: list[int] | None) -> tuple[int, ...]:
     wrong = next((i for i in ids or () if not 0 <= i <= _MAX_COUNT), None)
     if wrong is not None:
-        raise invalid("stop_token_ids", f"stop_token_ids: {wrong} is not a token id.")
+        raise invalid(key, f"{key}: {wrong} is not a token id.")
     return tuple(ids or ())
+
+
+def _bad_words(words: list[str] | None) -> tuple[str, ...]:
+    if any(not word.strip() for word in words or ()):
+        raise invalid(
+            "bad_words", "bad_words has an empty string in it; it would rule out nothing."
+        )
+    return tuple(words or ())
 
 
 def _stops(stop: str | list[str] | None) -> tuple[str, ...]:

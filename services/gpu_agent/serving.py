@@ -1,6 +1,7 @@
 """Requests in flight: queue delivery -> worker -> token chunks -> acknowledgement.
 
     on_delivery   Started to the api, Submit to the worker          RequestStarted
+                  (delivered again: first `Resumption` asks what the api has of it)
     announce      Started to the api, where the weights were still arriving then
     on_produced   Tokens to the api
     on_embedded   Vectors to the api
@@ -10,8 +11,12 @@
                   ones are given up: Failed to the api, ack         RequestEnded
     hand_back     nak, for one replica whose weights failed or were dropped
     preempt       nak, for those of one replica that the worker has not got yet
+    _make_room    nak, for one of class batch whose slot an interactive request takes
     suspended     nothing is told: the others wait in the worker until `resumed`
+    release       nothing: another agent goes on with it
     finish        nak: whoever gets it next ends it
+
+Requests of class batch are answered as one: nobody waits for their tokens one by one.
 
 Where nobody listens to the chunks any more (the api died, or gave up), the server says so, and
 the request is cancelled.
@@ -28,20 +33,33 @@ from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from typing import Literal, TypeAlias
 
+import msgspec
+
 from schemas.events import RequestEnded, RequestStarted
-from schemas.stream import Chunk, ErrorCode, Failed, RequestTiming, Tokens, Vectors
+from schemas.requests import GenerateRequest
+from schemas.stream import (
+    Chunk,
+    ErrorCode,
+    Failed,
+    RequestTiming,
+    ResumeFrom,
+    Tokens,
+    Vectors,
+)
 from services import telemetry
 from services.bus import Bus, BusError, Delivery
 from services.bus.connection import RawMessage
 from services.gpu_agent import ipc
 from services.gpu_agent.replicas import Replica
 from services.gpu_agent.reporter import Reporter
+from services.gpu_agent.resuming import Resumption
 from services.gpu_agent.suspects import MAX_CRASHES, Suspects
 from services.gpu_agent.telling import InFlight, Telling
 
 log = logging.getLogger(__name__)
 
 _REMEMBERED = 4096
+_COME_BACK_S = 1.0  # a batch request that found no slot: no sooner
 
 Outcome: TypeAlias = Literal["stop", "length", "cancelled", "failed"]
 
@@ -67,6 +85,7 @@ class Serving:
         self._freed = freed
         self._gone_inbox = f"{bus.inbox}.gone"
         self._telling = Telling(bus, gpu, reporter, self._gone_inbox)
+        self._resumption = Resumption(bus, gpu, self._on_verdict)
         self._suspects = Suspects()
         self._line: deque[InFlight] = deque()  # admitted, not submitted yet
         self._ended: OrderedDict[str, Chunk] = OrderedDict()  # lately ended, newest last
@@ -74,6 +93,7 @@ class Serving:
 
     async def start(self) -> None:
         await self._bus.subscribe_raw(f"{self._gone_inbox}.*", self._on_gone)
+        await self._resumption.start()
         self._bus.on_reconnect(self._on_reconnect)
 
     # -- from the queue ------------------------------------------------------------------
@@ -81,6 +101,7 @@ class Serving:
     async def on_delivery(self, replica: Replica, delivery: Delivery) -> None:
         request = delivery.request
         if known := self.in_flight.get(request.request_id):
+            delivery.request = known.request  # with the tokens that it went on from
             known.delivery = delivery  # delivered again after a reconnect: go on, answer this one
             return
         if last := self._ended.get(request.request_id):
@@ -88,17 +109,57 @@ class Serving:
             await self._settle(delivery.ack())
             return
         now = time.time()
-        flight = InFlight(delivery, replica, attempt=delivery.num_delivered, pulled_at=now)
+        attempt = request.attempts_before + delivery.num_delivered
+        flight = InFlight(delivery, replica, attempt, pulled_at=now)
         if now >= request.deadline_at:
             await self._fail(flight, "deadline_exceeded", "the request's deadline passed in queue")
         elif not replica.is_open:
             await self._settle(delivery.nak())
+        elif request.klass == "batch" and not replica.num_free("batch"):
+            await self._settle(delivery.nak(_COME_BACK_S))
         else:
+            if not replica.num_free("batch") and replica.batch_in_flight:
+                await self._make_room(replica)
             self.in_flight[request.request_id] = flight
             self._idle.clear()
             replica.in_flight.add(request.request_id)
+            if request.klass == "batch":
+                replica.batch_in_flight[request.request_id] = None
+            elif attempt > 1:
+                self._resumption.ask(flight)
+                return
             self._line.append(flight)
             await self._submit_line()
+
+    async def _on_verdict(self, flight: InFlight, known: ResumeFrom) -> None:
+        """What the api has of a request that may have run before."""
+        request = flight.request
+        if self.in_flight.get(request.request_id) is not flight:
+            return  # cancelled, or handed back, meanwhile
+        if known.verdict == "cancel":
+            await self._fail(flight, "cancelled", "nobody waits for it any more", "cancelled")
+            return
+        if known.verdict == "drop":
+            await self._drop(flight)
+            await self._settle(flight.delivery.ack())
+            return
+        if isinstance(request, GenerateRequest):
+            flight.delivery.request = msgspec.structs.replace(
+                request, prefix_token_ids=known.token_ids
+            )
+        self._line.append(flight)
+        await self._submit_line()
+
+    async def _make_room(self, replica: Replica) -> None:
+        """The request of class batch that came last gives its slot back, and is run again later.
+
+        The least work is lost with it, and what it had in the KV cache may still be there then.
+        """
+        flight = self.in_flight[next(reversed(replica.batch_in_flight))]
+        if flight.is_submitted:
+            self._send(ipc.Cancel(flight.request.request_id))
+        self._forget(flight)
+        await self._settle(flight.delivery.nak(_COME_BACK_S))
 
     async def _submit_line(self) -> None:
         """Give the worker what it may have now, first come first served."""
@@ -127,6 +188,7 @@ class Serving:
                 flight.attempt,
                 wait_s,
                 request.tenant,
+                request.klass,
             )
         )
         self._telling.span(flight, telemetry.SPAN_QUEUE_WAIT, request.created_at, now)
@@ -143,6 +205,14 @@ class Serving:
             self._send(ipc.Cancel(request_id))
         elif flight:
             await self._fail(flight, "cancelled", "cancelled before it began", "cancelled")
+
+    async def release(self, request_id: str) -> None:
+        """Another agent goes on with it, and will end it."""
+        if flight := self.in_flight.get(request_id):
+            log.info("request %s goes on at another agent", request_id)
+            if flight.is_submitted:
+                self._send(ipc.Cancel(request_id))
+            await self._drop(flight)
 
     async def _on_gone(self, raw: RawMessage) -> None:
         request_id = raw.subject.rsplit(".", 1)[1]
@@ -177,8 +247,9 @@ class Serving:
                 message.token_ids,
                 message.text,
                 message.logprobs,
+                message.prompt,
             )
-            await self._telling.publish(flight.request, chunk)
+            await self._telling.tokens(flight, chunk)
 
     async def on_embedded(self, message: ipc.Embedded) -> None:
         if flight := self.in_flight.get(message.request_id):
@@ -196,6 +267,7 @@ class Serving:
         flight = self.in_flight.get(message.request_id)
         if not flight:
             return
+        await self._telling.tell_held(flight)
         chunk = self._telling.finished(flight, message)
         flight.num_tokens = message.completion_tokens
         flight.prompt_tokens = message.prompt_tokens
@@ -321,12 +393,20 @@ class Serving:
                 at=time.time(),
                 outcome=outcome,
                 prompt_tokens=flight.prompt_tokens,
-                completion_tokens=flight.num_tokens,
+                completion_tokens=max(flight.num_tokens, flight.num_prefix),
                 timing=timing,
                 error=error,
                 tenant=flight.request.tenant,
+                prefix_tokens=flight.num_prefix,
+                klass=flight.request.klass,
             )
         )
+        await self._freed(flight.replica)
+        await self._submit_line()
+
+    async def _drop(self, flight: InFlight) -> None:
+        """Forget it without a word; its slot is free."""
+        self._forget(flight)
         await self._freed(flight.replica)
         await self._submit_line()
 
@@ -338,6 +418,7 @@ class Serving:
         if not self.in_flight:
             self._idle.set()
         flight.replica.in_flight.discard(request_id)
+        flight.replica.batch_in_flight.pop(request_id, None)
 
     # A full or closed bus loses what is said; state moves on all the same: the queue delivers
     # again what was not acknowledged.

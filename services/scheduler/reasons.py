@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 from schemas.decisions import Candidate, DecisionAction, Urgency, Victim
 from schemas.events import DecisionMade
-from services.scheduler import policy, waits
+from services.scheduler import batches, policy, waits
 from services.scheduler.replica import Replica
 from services.scheduler.state import ClusterState
 from services.scheduler.turns import Turn
-from services.scheduler.victims import may_preempt, quantum_s
+from services.scheduler.victims import may_preempt, quantum_s, takes_turns
 
 MOST_CANDIDATES = 8
 MOST_VICTIMS = 64
@@ -271,9 +271,14 @@ def _why_busy(state: ClusterState, turn: Turn, best: policy.Option, now: float) 
     busy = [victim for victim in victims if not state.is_idle(victim)]
     tightest = min(busy or victims, key=lambda victim: state.slack_s(victim, now))
     slack_s = state.slack_s(tightest, now)
+    if batches.is_batch_only(state, tightest):
+        return f"{tightest.model} serves only requests of class batch"
     if slack_s < state.config.run_quantum_s and state.yields(tightest):
         return f"{tightest.model} serves only who has had more than a fair share lately"
     if slack_s < state.config.run_quantum_s:
+        if takes_turns(state, agent.replicas[turn.model], tightest):
+            stayed_s = quantum_s(state, tightest)
+            return f"it had {stayed_s:.1f} s there, and swaps are so quick that models take turns"
         return f"it waits for {now - turn.since:.1f} s, too long to ask for slack"
     return (
         f"it had {quantum_s(state, tightest):.1f} s there, and its answers can wait {slack_s:.1f} s"

@@ -4,8 +4,9 @@
     coming  prefetched, and nobody has asked for it yet         is called off
     busy    it had its quantum, and its requests are so far     preempted: its requests are
             ahead of their target that they can be kept         suspended
-            waiting for the newcomer's turn; or the newcomer
-            has waited so long that it must come in
+            waiting for the newcomer's turn; or swaps are
+            quick; or the newcomer has waited so long that
+            it must come in
 
 A deployment that must not be interrupted is drained instead: it leaves when its requests ended. A
 pinned one does not leave at all, one that just came in not before its minimum residency, and a
@@ -14,13 +15,14 @@ pinned one does not leave at all, one that just came in not before its minimum r
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from services.scheduler import eviction
+from services.scheduler import batches, eviction
 from services.scheduler.replica import Agent, Replica
 from services.scheduler.state import ClusterState
 
 _GPUS_PER_LARGE = 8  # one GPU of so many is kept for large models,
 _KEPT_S = 20.0  # until nobody has asked for the one that is there for so long,
 _WORTH_KEEPING = 0.25  # if its swap-in takes more than so much of its target for first tokens
+_QUICK = 10.0  # swap-ins in a run quantum: where so many fit, each costs next to nothing
 
 
 def gives_way(state: ClusterState, replica: Replica) -> bool:
@@ -98,23 +100,63 @@ def busy_victims(state: ClusterState, agent: Agent, now: float) -> list[Replica]
     return sorted(busy, key=lambda r: r.resident_since)
 
 
+def batch_victims(state: ClusterState, agent: Agent, now: float) -> list[Replica]:
+    """Residents that serve nothing but requests of class batch, and give way without a quantum, but
+    for one that was brought in because these had waited for very long.
+    """
+    able = [
+        r
+        for r in agent.device.values()
+        if batches.is_batch_only(state, r)
+        and not (r.came_late and now - r.resident_since < quantum_s(state, r))
+        and _can_leave(state, r, now)
+    ]
+    return sorted(able, key=lambda r: r.resident_since)
+
+
 def slack_victims(
     state: ClusterState, agent: Agent, newcomer: Replica, now: float
 ) -> list[Replica]:
-    """Of `busy_victims` those that can spare the time of one turn of ``newcomer``: two swaps and a
-    run quantum. The most slack first. None where swaps are slow for a quantum, or the link is busy.
+    """Of `busy_victims` those that can spare the time of one turn of ``newcomer``
+    (`missing_slack_s`). The most slack first. None where swaps are slow for a quantum, or the link
+    is busy.
     """
     config = state.config
-    in_s = arrival_s(state, agent, now) + newcomer.swap_in_s
+    in_s = arrival_s(state, agent, now)
     able = []
     for replica in busy_victims(state, agent, now):
-        swaps_s = in_s + replica.swap_in_s
+        swaps_s = in_s + newcomer.swap_in_s + replica.swap_in_s
         if swaps_s > config.guard_factor * config.run_quantum_s:
             continue
-        slack_s = state.slack_s(replica, now)
-        if slack_s >= swaps_s + config.run_quantum_s:
-            able.append((-slack_s, replica.model, replica))
+        if missing_slack_s(state, newcomer, replica, now, in_s) <= 0:
+            able.append((-state.slack_s(replica, now), replica.model, replica))
     return [replica for _, _, replica in sorted(able)]
+
+
+def missing_slack_s(
+    state: ClusterState, newcomer: Replica, victim: Replica, now: float, in_s: float = 0.0
+) -> float:
+    """What the slack of ``victim`` lacks of the time that a turn of ``newcomer`` takes: two swaps,
+    what the link does before that (``in_s``), and a run quantum. 0 or less: nothing.
+
+    Where swaps are quick nobody asks for slack: models take turns of a quantum at next to no cost,
+    and requests that write hardly faster than they have to would never earn the time of one.
+    """
+    if takes_turns(state, newcomer, victim):
+        return 0.0
+    turn_s = in_s + newcomer.swap_in_s + victim.swap_in_s + state.config.run_quantum_s
+    return turn_s - state.slack_s(victim, now)
+
+
+def takes_turns(state: ClusterState, newcomer: Replica, victim: Replica) -> bool:
+    """Whether swaps of both are known to be quick."""
+    swap_s = max(newcomer.swap_in_s, victim.swap_in_s)
+    return newcomer.agent.link.is_known and is_quick(state, swap_s)
+
+
+def is_quick(state: ClusterState, swap_in_s: float) -> bool:
+    """So many such swap-ins fit in a run quantum that one costs next to nothing."""
+    return _QUICK * swap_in_s <= state.config.run_quantum_s
 
 
 def num_made_late(
@@ -126,7 +168,7 @@ def num_made_late(
     away_s = arrival_s(state, agent, now) + newcomer.swap_in_s + state.config.run_quantum_s
     num = 0.0
     for replica in victims:
-        if not state.is_idle(replica):
+        if not state.is_idle(replica) and not batches.is_batch_only(state, replica):
             target_s = state.ttft_target_s(replica.model, "interactive")
             too_long_s = max(0.0, away_s + replica.swap_in_s - target_s)
             num += too_long_s * state.tempo(replica.model).asked_per_s(now)

@@ -10,9 +10,9 @@ Nothing is decided by it: people and clients are told. For one GPU::
 - *own*: its swap-in, as the link has measured others. None has been measured: unknown.
 - *load*: as the loads of that GPU went so far.
 - *room*: idle models leave at once, drained ones within a run quantum, busy ones when they had
-  theirs and the slack of their requests covers two swaps and a run quantum, or when who waits is
-  starving. A large model that is kept leaves for a smaller one no sooner than that. Those that
-  may not be interrupted leave at a time that nobody knows.
+  theirs and the slack of their requests covers two swaps and a run quantum, where these are quick
+  at once, or when who waits is starving. A large model that is kept leaves for a smaller one no
+  sooner than that. Those that may not be interrupted leave at a time that nobody knows.
 - *ahead*: each one before it in line takes the link for as long as it does itself and, where there
   is no room, stays for a run quantum. The GPUs that may take the model share them.
 
@@ -25,12 +25,12 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from schemas.state import PredictedWait
-from services.scheduler import policy
+from services.scheduler import batches, policy
 from services.scheduler.lifecycle import LEAVING_STATES
 from services.scheduler.replica import Replica
 from services.scheduler.state import ClusterState
 from services.scheduler.turns import Turn
-from services.scheduler.victims import arrival_s, is_kept, may_preempt, quantum_s
+from services.scheduler.victims import arrival_s, is_kept, may_preempt, missing_slack_s, quantum_s
 
 MOST_PLACES = 256  # of a long line: whoever comes later counts as the next one
 
@@ -202,6 +202,8 @@ def _leaves_in_s(
         return max(0.0, starving_s) if kept else 0.0
     if not may_be_interrupted:
         return None
+    if replica.state == "resident" and batches.is_batch_only(state, replica):
+        return 0.0
     if replica.state == "swapping_in":
         return _arrives_in_s(replica, now) + quantum_s(state, replica)
     turn_s = replica.resident_since + quantum_s(state, replica) - now
@@ -211,8 +213,7 @@ def _leaves_in_s(
 
 def _slack_in_s(state: ClusterState, replica: Replica, newcomer: Replica, now: float) -> float:
     """Until its requests can spare the time of a turn of ``newcomer``; infinite: never."""
-    needed_s = newcomer.swap_in_s + replica.swap_in_s + state.config.run_quantum_s
-    missing_s = needed_s - state.slack_s(replica, now)
+    missing_s = missing_slack_s(state, newcomer, replica, now)
     per_s = state.tempo(replica.model).slack_per_s(state.token_target_s(replica.model))
     if missing_s <= 0:
         return 0.0

@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+import msgspec
 import pytest
 
 from schemas import names
@@ -18,8 +19,9 @@ from schemas.commands import Command, Load, Register, SwapIn, SwapOut, Unload
 from schemas.events import Event, ModelLoaded, ModelRegistered, RequestEnded, SwapInCompleted
 from schemas.requests import CancelRequest, GenerateRequest, SamplingParams, TextPrompt
 from schemas.state import AgentStatus, ModelSpec, Preemption, ResidencyRecord
-from schemas.stream import Chunk, Failed, Finished
+from schemas.stream import Chunk, Failed, Finished, ResumeFrom, Resuming, Tokens
 from services.bus import Bucket, Bus, Message, WorkQueue, declare
+from services.bus.connection import RawMessage
 from services.gpu_agent import worker_link
 from services.gpu_agent.control import AgentControl
 from services.settings import GpuSettings
@@ -72,9 +74,11 @@ class Log:
         await self.until_true(lambda: bool(self.all(kind, after, **wanted)), f"{kind} {wanted}")
         return self.all(kind, after, **wanted)[0]
 
-    async def until_true(self, condition: Callable[[], bool], what: str = "") -> None:
+    async def until_true(
+        self, condition: Callable[[], bool], what: str = "", patience_s: float = PATIENCE_S
+    ) -> None:
         try:
-            async with asyncio.timeout(PATIENCE_S), self._grown:
+            async with asyncio.timeout(patience_s), self._grown:
                 await self._grown.wait_for(condition)
         except TimeoutError:
             story = "\n".join(map(str, self.items))
@@ -193,27 +197,47 @@ class Agent:
         left_s: float = 60.0,
         listen: bool = True,
         tenant: str = "",
+        answers: bool = True,
+        verdict: Literal["run", "cancel", "drop"] = "run",
+        attempts_before: int = 0,
+        klass: names.RequestClass = "interactive",
     ) -> Log:
-        """Queue a request; its chunks appear in the log."""
+        """Queue a request; its chunks appear in the log. ``answers``: with ``verdict``, when an
+        agent asks what is known of it.
+        """
         api = self._buses["api"]
         reply_to = f"{api.inbox}.r.{name}"
         chunks = Log()
 
-        async def on_chunk(message: Message[Chunk]) -> None:
-            await chunks.add(message.body)
+        async def on_chunk(raw: RawMessage) -> None:
+            chunk: Any = msgspec.json.decode(raw.data, type=Chunk)
+            if isinstance(chunk, Resuming) and answers:
+                known = {i: token for one in chunks.all(Tokens) for i, token in _numbered(one)}
+                known_ids = tuple(known[i] for i in sorted(known))
+                await api.publish(raw.reply, ResumeFrom(name, verdict, known_ids))
+            await chunks.add(chunk)
 
         if listen:
-            await api.subscribe(reply_to, Chunk, on_chunk)
+            await api.subscribe_raw(reply_to, on_chunk)
         now = time.time()
         what = (TextPrompt(text), SamplingParams(seed=1))
         request = GenerateRequest(
-            name, model, "interactive", *what, reply_to, now, now + left_s, tenant
+            name,
+            model,
+            klass,
+            *what,
+            reply_to,
+            now,
+            now + left_s,
+            tenant,
+            attempts_before=attempts_before,
         )
         await self.queue.enqueue(request)
         return chunks
 
-    async def cancel(self, name: str, model: str = "m") -> None:
-        await self._buses["api"].publish(names.cancel_subject(model), CancelRequest(name, model))
+    async def cancel(self, name: str, model: str = "m", gpu: str = "") -> None:
+        cancel = CancelRequest(name, model, gpu)
+        await self._buses["api"].publish(names.cancel_subject(model), cancel)
 
     def release(self) -> None:
         """Let the requests that hold go on."""
@@ -230,9 +254,13 @@ class Agent:
         queue = WorkQueue(self._buses["scheduler"])
 
         async def is_empty() -> bool:
-            return not (await queue.depths())[0]
+            return not (await queue.depths())[0] and not (await queue.depths("batch"))[0]
 
         await eventually(is_empty, "an empty queue")
+
+
+def _numbered(chunk: Tokens) -> list[tuple[int, int]]:
+    return list(enumerate(chunk.token_ids, chunk.index))
 
 
 def ends(chunks: Log) -> list[Finished | Failed]:

@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import json
+import ssl
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
+import msgspec
 import openai
 
 from services.api import service
@@ -15,6 +17,7 @@ from services.ops.nats_server import free_port
 from services.settings import ApiSettings, Settings
 from tests.integration.nats_process import NatsServer
 from tests.integration.scripted_agent import ScriptedAgent, ScriptedScheduler, Withdrawals
+from tests.integration.tcp_proxy import TcpProxy
 
 MODEL = "Qwen/Qwen2.5-7B"
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
@@ -24,16 +27,33 @@ MAX_QUEUED = 3
 class Stack:
     """One api, its clients, and everything that it talks to."""
 
-    def __init__(self, nats: NatsServer, url: str) -> None:
+    def __init__(
+        self, nats: NatsServer, url: str, key: str = "", verify: ssl.SSLContext | bool = True
+    ) -> None:
         self.nats = nats
-        self.http = httpx.AsyncClient(base_url=url, timeout=20)
-        self.openai = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.http = httpx.AsyncClient(base_url=url, timeout=20, headers=headers, verify=verify)
+        base_url = f"{url}/v1"
+        self.openai = openai.AsyncOpenAI(base_url=base_url, api_key=key or "none", max_retries=0)
         self.withdrawals = Withdrawals()
         self.stop = asyncio.Event()
         self.running: asyncio.Task[None]
         self.agent: ScriptedAgent
         self.scheduler: ScriptedScheduler
         self.queue: WorkQueue
+        self.proxy = TcpProxy(nats.credentials["api"].url)
+        self.settings: Settings
+
+    def start_api(self) -> None:
+        options = msgspec.structs.replace(self.nats.credentials["api"], url=self.proxy.url)
+        self.running = asyncio.create_task(service.run(self.settings, options, stop=self.stop))
+
+    async def restart_api(self) -> None:
+        """Let it end, and start another one in its place."""
+        self.stop.set()
+        await asyncio.wait_for(self.running, 20)
+        self.stop.clear()
+        self.start_api()
 
     async def ask(self, **more: Any) -> httpx.Response:
         return await self.http.post("/v1/chat/completions", json=CHAT | more)
@@ -48,6 +68,15 @@ class Stack:
                         return
                 await asyncio.sleep(0.02)
 
+    @contextlib.asynccontextmanager
+    async def api_cut_off(self) -> AsyncIterator[None]:
+        """The api has no connection to the server for a while; all others have."""
+        await self.proxy.cut()
+        await self.until(lambda got: got[0] == 503)
+        yield
+        await self.proxy.start()
+        await self.until(lambda got: got[0] == 200)
+
     async def queue_holds(self, num_requests: int) -> None:
         """Wait until that many requests are queued or in flight."""
         async with asyncio.timeout(10):
@@ -59,15 +88,26 @@ class Stack:
 
 
 @contextlib.asynccontextmanager
-async def running_stack(nats: NatsServer, timeout_s: float) -> AsyncIterator[Stack]:
+async def running_stack(
+    nats: NatsServer,
+    timeout_s: float,
+    key: str = "",
+    verify: ssl.SSLContext | bool = True,
+    **settings: Any,
+) -> AsyncIterator[Stack]:
+    """``key``: an API key that clients send; ``verify``: how they check the server's certificate;
+    ``settings``: more of `ApiSettings`.
+    """
     port = free_port(0)
-    api = ApiSettings(
-        port=port,
-        request_timeout_s=timeout_s,
-        max_queued_per_model=MAX_QUEUED,
-        max_body_bytes=100_000,
-    )
-    stack = Stack(nats, f"http://127.0.0.1:{port}")
+    limits: dict[str, Any] = {
+        "max_queued_per_model": MAX_QUEUED,
+        "max_body_bytes": 100_000,
+        "progress_after_s": 0.0,
+        "max_file_bytes": 20_000_000,
+    }
+    api = ApiSettings(port=port, request_timeout_s=timeout_s, **limits | settings)
+    scheme = "https" if api.tls_cert else "http"
+    stack = Stack(nats, f"{scheme}://127.0.0.1:{port}", key, verify)
     buses = {
         user: await Bus.connect(nats.credentials[user], service=user)
         for user in ("admin", "scheduler", "agent")
@@ -77,9 +117,9 @@ async def running_stack(nats: NatsServer, timeout_s: float) -> AsyncIterator[Sta
     await stack.withdrawals.start(buses["admin"])
     stack.scheduler = ScriptedScheduler(buses["scheduler"])
     stack.agent = ScriptedAgent(buses["agent"])
-    stack.running = asyncio.create_task(
-        service.run(Settings(api=api), nats.credentials["api"], stop=stack.stop)
-    )
+    await stack.proxy.start()
+    stack.settings = Settings(state_dir=str(nats.folder / "state"), api=api)
+    stack.start_api()
     await stack.until(lambda got: got[0] == 503)
     await stack.scheduler.lead()
     await stack.agent.start()
@@ -94,6 +134,7 @@ async def running_stack(nats: NatsServer, timeout_s: float) -> AsyncIterator[Sta
         await stack.http.aclose()
         await stack.openai.close()
         await asyncio.wait_for(stack.running, 20)
+        await stack.proxy.cut()
         stack.agent.stop()
         for bus in buses.values():
             await bus.close()

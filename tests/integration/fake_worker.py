@@ -12,10 +12,13 @@ What a model does follows from its source, what a request does from its prompt:
             "dropped"    is unloaded just before a swap-in
             "shrunk"     can not be swapped in while requests of it are suspended
             "crowded"    is unloaded, with what is suspended there, as it is to be verified
-    prompt  "hold"       gives one token, then waits for SIGUSR1 (go on) or Cancel
+    prompt  "hold"       gives one token, then waits for SIGUSR1 (go on) or Cancel; no token where
+                         it has one in its prefix
             /a/file      like "hold", unless that file exists: then one token, and done
             "die"        kills the process
             N            gives N tokens and ends
+
+Texts have the tokens 1 and 2; what is to be a text again is never answered.
 
 A SwapOut that preempts suspends what holds or waits for an arrival, until the next SwapIn.
 
@@ -36,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from schemas.requests import EmbedRequest, GenerateRequest, TextPrompt
 from schemas.state import ModelFacts, ModelSpec, SwapTrace
+from schemas.tokenize import DetokenizeRequest, Tokenized
 from services.gpu_agent import ipc
 
 PAGE_BYTES = 4096
@@ -141,6 +145,10 @@ class FakeWorker:
                 self._held = [request for request in self._held if request.model != model]
                 self._suspended[model] = running
                 self._say(ipc.SwappedOut(model, trace, self._memory, len(running)))
+            case ipc.Tokenize(_, DetokenizeRequest()):
+                pass  # is never answered
+            case ipc.Tokenize(ticket, ask):
+                self._say(ipc.TokenizeAnswered(ticket, Tokenized((1, 2), 512, (ask.model,))))
             case ipc.Submit(EmbedRequest() as asked):
                 self._embed(asked)
             case ipc.Submit(GenerateRequest() as request):
@@ -181,10 +189,12 @@ class FakeWorker:
             case "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             case text if text == "hold" or (text[0] == "/" and not Path(text).exists()):
-                self._say(ipc.Produced(name, 0, (100,), "t0 "))
+                if not request.prefix_token_ids:
+                    self._say(ipc.Produced(name, 0, (100,), "t0 "))
                 self._held.append(request)
             case text:
-                self._answer(request, 0, int(text) if text.isdigit() else 1)
+                first = len(request.prefix_token_ids)
+                self._answer(request, first, int(text) if text.isdigit() else 1)
 
     def _release(self) -> None:
         while self._arriving:

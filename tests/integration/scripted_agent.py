@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from schemas import names
-from schemas.events import RequestWithdrawn
+from schemas.events import LoadProgressed, RequestWithdrawn
 from schemas.requests import CancelRequest, EmbedRequest, GenerateRequest
 from schemas.state import (
     DeploymentRecord,
@@ -25,6 +25,7 @@ from schemas.stream import (
     Failed,
     Finished,
     FinishReason,
+    PromptTold,
     RequestTiming,
     Started,
     StartKind,
@@ -67,8 +68,8 @@ class ScriptedScheduler:
         record = DeploymentRecord(spec=spec, status="failed", reason=reason)
         await self._models.put(names.escape(model), record)
 
-    async def predict(self, model: str, wait_s: float) -> None:
-        wait = PredictedWait(model, time.time(), wait_s, 1, 0, time.time(), 1)
+    async def predict(self, model: str, wait_s: float, place: int = 1) -> None:
+        wait = PredictedWait(model, time.time(), wait_s, 1, 0, time.time(), place)
         await self._bus.publish(names.wait_subject(model), wait)
         await self._bus.flush()
 
@@ -107,8 +108,15 @@ class ScriptedAgent:
         record = ResidencyRecord(GPU, model, state, generation=1, changed_at=time.time())
         await residency.put(names.replica_key(GPU, model), record)
 
-    async def pull(self, model: str, num_free: int = 8) -> None:
-        puller = self.pullers[model] = Puller(self.bus, model, self.deliveries.put)
+    async def loads(self, model: str, done_bytes: int, total_bytes: int) -> None:
+        event = LoadProgressed(GPU, model, time.time(), done_bytes, total_bytes)
+        await self.bus.publish(names.event_subject("load_progressed", GPU, model), event)
+
+    async def pull(
+        self, model: str, num_free: int = 8, klass: names.RequestClass = "interactive"
+    ) -> None:
+        puller = Puller(self.bus, model, self.deliveries.put, klass)
+        self.pullers[f"{klass}.{model}"] = puller
         await puller.start()
         await puller.want(num_free)
 
@@ -152,8 +160,9 @@ class ScriptedAgent:
         index: int = 0,
         first_id: int = 100,
         logprobs: Sequence[TokenLogprobs] = (),
+        prompt: PromptTold | None = None,
     ) -> None:
-        """One chunk per text; token ids follow from the position."""
+        """One chunk per text; token ids follow from the position. The first tells ``prompt``."""
         for i, text in enumerate(texts, start=index):
             chunk = Tokens(
                 to.request.request_id,
@@ -162,11 +171,17 @@ class ScriptedAgent:
                 (first_id + i,),
                 text,
                 tuple(logprobs[i - index : i - index + 1]),
+                prompt if i == 0 else None,
             )
             await self.bus.publish(to.request.reply_to, chunk)
 
     async def finished(
-        self, to: Delivery, num_tokens: int, reason: FinishReason = "stop", text: str = ""
+        self,
+        to: Delivery,
+        num_tokens: int,
+        reason: FinishReason = "stop",
+        text: str = "",
+        cached_tokens: int = 0,
     ) -> None:
         chunk = Finished(
             request_id=to.request.request_id,
@@ -176,6 +191,7 @@ class ScriptedAgent:
             completion_tokens=num_tokens,
             timing=RequestTiming(),
             text=text,
+            cached_tokens=cached_tokens,
         )
         await self.bus.publish(to.request.reply_to, chunk)
         await to.ack()

@@ -5,12 +5,15 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from schemas.events import RequestEnded, RequestStarted, WorkerDied
 from schemas.state import AgentStatus
-from schemas.stream import Failed, Finished, Started, Tokens
+from schemas.stream import Failed, Finished, Resuming, Started, Tokens
 from services.bus import Delivery, Puller
+from services.gpu_agent import resuming
 from services.gpu_agent.suspects import MAX_CRASHES
-from tests.integration.agent_kit import Agent, ends, eventually
+from tests.integration.agent_kit import GPU, Agent, ends, eventually
 from tests.integration.nats_process import NatsServer
 
 
@@ -30,14 +33,73 @@ async def test_requests_outlive_their_worker(agent: Agent) -> None:
     await agent.statuses.until(AgentStatus, worker_pid=0, used_bytes=0)
     await agent.bring_back("m", seen)
     for log in logs:
-        # A third attempt, where the dead worker's pull got it once more and handed it back.
-        await log.until_true(lambda: log.all(Tokens)[-1].attempt > 1, "another attempt")  # noqa: B023
+        await log.until_true(lambda: len(log.all(Started)) == 2, "another attempt")  # noqa: B023
     agent.release()
     for log in logs:
-        await log.until(Finished)
-        assert len(log.all(Started)) == 2
+        end = await log.until(Finished)
+        # What the client had was not computed again.
+        assert [(one.index, one.attempt > 1) for one in log.all(Tokens)] == [(0, False), (1, True)]
+        assert (end.completion_tokens, len(log.all(Resuming)) > 0) == (2, True)
     await agent.ended(3)
+    assert {one.prefix_tokens for one in agent.events.all(RequestEnded)} == {1}
     await agent.queue_is_empty()
+
+
+async def test_an_api_that_does_not_answer_costs_time_only(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resuming, "PATIENCE_S", 0.05)
+    await agent.bring_in("m")
+    log = await agent.ask("r", "3", answers=False, attempts_before=2)
+    assert (await log.until(Resuming)).attempt == 3
+    await log.until(Finished)
+    assert [one.index for one in log.all(Tokens)] == [0, 1, 2]
+    await agent.queue_is_empty()
+
+
+async def test_an_api_that_died_is_not_computed_for(agent: Agent) -> None:
+    await agent.bring_in("m")
+    await agent.ask("r", "hold", listen=False, attempts_before=1)
+    ended = await agent.events.until(RequestEnded)
+    assert (ended.outcome, ended.completion_tokens) == ("cancelled", 0)
+    assert not agent.events.all(RequestStarted)
+    await agent.queue_is_empty()
+
+
+async def test_what_nobody_waits_for_is_not_run_again(agent: Agent) -> None:
+    await agent.bring_in("m")
+    log = await agent.ask("r", "hold", verdict="cancel", attempts_before=1)
+    assert (await log.until(Failed)).code == "cancelled"
+    assert (await agent.events.until(RequestEnded)).outcome == "cancelled"
+    await agent.queue_is_empty()
+
+
+async def test_what_has_ended_is_only_acknowledged(agent: Agent) -> None:
+    await agent.bring_in("m")
+    log = await agent.ask("r", "hold", verdict="drop", attempts_before=1)
+    await log.until(Resuming)
+    await agent.queue_is_empty()
+    after = await agent.ask("r2", "1")
+    await after.until(Finished)
+    await agent.ended(1)
+    assert [one.request_id for one in agent.events.all(RequestEnded)] == ["r2"]
+    assert ends(log) == []
+
+
+async def test_a_request_that_goes_on_elsewhere_is_let_go(agent: Agent) -> None:
+    await agent.bring_in("m")
+    log = await agent.ask("r", "hold")
+    await log.until(Tokens)
+    delivery = agent.control.serving.in_flight["r"].delivery
+    await agent.cancel("r", gpu="another")
+    await agent.cancel("r", gpu=GPU)
+    await eventually(lambda: _now(not agent.control.serving.in_flight), "the request to be let go")
+    await delivery.ack()  # as the other agent does
+    after = await agent.ask("r2", "1")
+    await after.until(Finished)
+    await agent.ended(1)
+    assert [one.request_id for one in agent.events.all(RequestEnded)] == ["r2"]
+    assert ends(log) == []
 
 
 async def test_only_the_poison_fails(agent: Agent, tmp_path: Path) -> None:

@@ -66,6 +66,60 @@ async def test_deadline(nats_server: NatsServer) -> None:
         await stack.queue_holds(0)
 
 
+@pytest.mark.parametrize("where", ["body", "header"])
+async def test_a_client_sets_a_shorter_deadline(stack: Stack, where: str) -> None:
+    await stack.agent.pull(MODEL)
+    body = CHAT | ({"timeout": 0.3} if where == "body" else {})
+    headers = {"x-request-timeout-s": "0.3"} if where == "header" else {}
+    asking = asyncio.create_task(
+        stack.http.post("/v1/chat/completions", json=body, headers=headers)
+    )
+    delivery = await stack.agent.next()
+    assert delivery.request.deadline_at - delivery.request.created_at == pytest.approx(0.3)
+    await stack.agent.answer_begins(delivery, "a")
+    answer = await asking
+    error = error_of(answer)
+    assert (answer.status_code, error["code"]) == (504, "deadline_exceeded")
+    assert "0.3 s (the request's timeout); it was running on gpu 'gpu0'" in error["message"]
+    await _is_cancelled_at_the_agent(stack, delivery)
+
+
+async def test_an_agent_that_sees_the_deadline_first(stack: Stack) -> None:
+    await stack.agent.pull(MODEL)
+    asking = asyncio.create_task(stack.ask(timeout=20))
+    delivery = await stack.agent.next()
+    await stack.agent.failed(delivery, "deadline_exceeded", "the deadline passed in queue")
+    answer = await asking
+    assert answer.status_code == 504
+    assert "20 s (the request's timeout)" in error_of(answer)["message"]
+
+
+async def test_no_deadline_beyond_the_servers(stack: Stack) -> None:
+    await stack.agent.pull(MODEL)
+    asking = asyncio.create_task(stack.ask(timeout=1e9))
+    delivery = await stack.agent.next()
+    assert delivery.request.deadline_at - delivery.request.created_at == pytest.approx(30)
+    await stack.agent.answer(delivery, "a")
+    assert (await asking).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "param"),
+    [
+        ({"timeout": 0}, {}, "timeout"),
+        ({"timeout": -1.5}, {}, "timeout"),
+        ({"timeout": "soon"}, {}, "timeout"),
+        ({}, {"x-request-timeout-s": "nan"}, "x-request-timeout-s"),
+        ({}, {"x-request-timeout-s": "5s"}, "x-request-timeout-s"),
+    ],
+)
+async def test_a_timeout_that_is_none(
+    stack: Stack, body: dict[str, object], headers: dict[str, str], param: str
+) -> None:
+    answer = await stack.http.post("/v1/chat/completions", json=CHAT | body, headers=headers)
+    assert (answer.status_code, error_of(answer)["param"]) == (400, param)
+
+
 async def test_shutdown_ends_what_is_open(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "SHUTDOWN_GRACE_S", 0.3)
     asking = asyncio.create_task(stack.ask(stream=True))
@@ -152,7 +206,7 @@ async def test_killed_nats_server_loses_no_request(stack: Stack) -> None:
     refused = await stack.ask()
     assert (refused.status_code, error_of(refused)["code"]) == (503, "bus_unavailable")
     stack.nats.start()
-    await stack.agent.pullers[MODEL].want(2)
+    await stack.agent.pullers[f"interactive.{MODEL}"].want(2)
     again: list[Delivery] = [await stack.agent.next() for _ in range(2)]
     assert first.request.request_id in {one.request.request_id for one in again}
     for delivery in again:

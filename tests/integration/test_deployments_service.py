@@ -69,7 +69,8 @@ class Desk:
         async with asyncio.timeout(10):
             while True:
                 with contextlib.suppress(NoResponder):
-                    return await self._api.request(subject, request, AdminAnswer)
+                    answer: AdminAnswer = await self._api.request(subject, request, AdminAnswer)
+                    return answer
                 await asyncio.sleep(0.02)
 
     async def deployed(self, *expected: str) -> dict[str, DeploymentRecord]:

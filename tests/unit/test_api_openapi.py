@@ -6,13 +6,19 @@ from importlib import resources
 
 from litestar.handlers import HTTPRouteHandler
 
-from services.api import app, deployments, openapi
+from services.api import app, deployments, keys_routes, openapi
+from services.api.batches import http as batches
 
 
 def test_every_route_is_described_and_every_description_has_a_route() -> None:
     routes = {
         (re.sub(r":\w+}", "}", path), method.lower())
-        for handler in (*vars(app).values(), *deployments.HANDLERS)
+        for handler in (
+            *vars(app).values(),
+            *vars(batches).values(),
+            *vars(keys_routes).values(),
+            *deployments.HANDLERS,
+        )
         if isinstance(handler, HTTPRouteHandler)
         for path in handler.paths
         for method in handler.http_methods
@@ -36,7 +42,7 @@ def test_references_lead_somewhere() -> None:
     assert names <= set(document["components"]["schemas"])
     chat = document["components"]["schemas"]["ChatCompletionRequest"]
     assert set(chat["required"]) == {"model", "messages"}
-    assert chat["properties"]["n"]["enum"] == [1, None]
+    assert chat["properties"]["store"]["enum"] == [False, None]
 
 
 def test_the_page_works_offline() -> None:

@@ -30,7 +30,7 @@ def refusal(parse: Any, **more: Any) -> ApiError:
 
 def test_defaults() -> None:
     parsed = chat()
-    assert parsed.prompt == ChatPrompt((ChatMessage("user", "hi"),))
+    assert parsed.prompts == (ChatPrompt((ChatMessage("user", "hi"),)),)
     assert (parsed.stream, parsed.include_usage, parsed.ignored) == (False, False, [])
     sampling = parsed.sampling
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (None, 1.0, 1.0)
@@ -132,7 +132,8 @@ def test_messages() -> None:
             {"role": "tool", "content": "y", "tool_call_id": "1"},
         ]
     )
-    assert parsed.prompt == ChatPrompt(
+    [prompt] = parsed.prompts
+    assert prompt == ChatPrompt(
         (ChatMessage("system", "x"), ChatMessage("user", "a\nb", "Ann"), ChatMessage("tool", "y"))
     )
 
@@ -140,15 +141,18 @@ def test_messages() -> None:
 @pytest.mark.parametrize(
     ("prompt", "wanted"),
     [
-        ("x", TextPrompt("x")),
-        (["x"], TextPrompt("x")),
-        ([1, 2], TokenPrompt((1, 2))),
-        ([7], TokenPrompt((7,))),
-        ([[1, 2]], TokenPrompt((1, 2))),
+        ("x", (TextPrompt("x"),)),
+        (["x"], (TextPrompt("x"),)),
+        ([1, 2], (TokenPrompt((1, 2)),)),
+        ([7], (TokenPrompt((7,)),)),
+        ([[1, 2]], (TokenPrompt((1, 2)),)),
+        (["a", "", "b"], (TextPrompt("a"), TextPrompt(""), TextPrompt("b"))),
+        ([[1], [2, 3]], (TokenPrompt((1,)), TokenPrompt((2, 3)))),
+        (["a", [1]], (TextPrompt("a"), TokenPrompt((1,)))),
     ],
 )
 def test_prompts(prompt: Any, wanted: Any) -> None:
-    assert completion(prompt=prompt).prompt == wanted
+    assert completion(prompt=prompt).prompts == wanted
 
 
 @pytest.mark.parametrize(
@@ -212,21 +216,33 @@ def test_wrong_types_and_values(more: dict[str, Any], param: str, words: str) ->
     assert words in error.info.message
 
 
-@pytest.mark.parametrize("prompt", [[], ["a", "b"], [[1], [2]], [1, "a"], [[]], [-1]])
-def test_prompts_that_are_refused(prompt: Any) -> None:
-    assert refusal(completion, prompt=prompt).info.param == "prompt"
+@pytest.mark.parametrize(
+    ("prompt", "code", "words"),
+    [
+        ([], "invalid_value", "prompt = [] must hold text or token ids"),
+        ([[]], "invalid_value", "prompt[0] = [] must hold text or token ids"),
+        ([1, "a"], "invalid_type", "prompt holds 'a' among token ids"),
+        (["a", 1], "invalid_type", "prompt[1] = 1: token ids and other prompts can not stand"),
+        ([-1], "invalid_value", "prompt: -1 is not a token id"),
+        (["a", [3, -2]], "invalid_value", "prompt[1]: -2 is not a token id"),
+        (["a"] * 513, "invalid_value", "prompt has 513 entries; at most 512"),
+        (7, "invalid_type", "prompt = 7"),
+    ],
+)
+def test_prompts_that_are_refused(prompt: Any, code: str, words: str) -> None:
+    error = refusal(completion, prompt=prompt)
+    assert (error.info.param, error.info.code) == ("prompt", code)
+    assert words in error.info.message
 
 
 @pytest.mark.parametrize(
     ("parse", "field", "value"),
     [
-        (chat, "n", 2),
         (chat, "tools", [{"type": "function"}]),
         (chat, "response_format", {"type": "json_object"}),
         (chat, "store", True),
         (chat, "prompt_logprobs", 1),
         (completion, "best_of", 2),
-        (completion, "echo", True),
         (completion, "suffix", "x"),
         (completion, "length_penalty", 2),
     ],

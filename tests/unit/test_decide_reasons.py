@@ -100,6 +100,19 @@ def test_who_waits_for_very_long_does_not_ask_for_slack() -> None:
     assert evict.urgency == "starving"
 
 
+def test_where_swaps_are_quick_nobody_asks_for_slack() -> None:
+    story = running(on("a", "resident", 60, in_flight=1), on("b", "host", 60))
+    story.state.agents[GPU].link.note(SwapTrace(0.0, total_s=0.02))
+    story.state.tempo("a").token_s = 1.0  # ten times too slow: never any slack
+    story.demand("r1", "b")
+    story.tick(1.1)
+    [evict] = story.decided()
+    assert evict.reason == (
+        "a must give way on gpu0: it had 1.0 s there, and swaps are so quick that models take turns"
+    )
+    assert evict.urgency == "in_time"
+
+
 def test_one_that_must_not_be_interrupted_is_drained() -> None:
     story = started(
         on("a", "resident", 60, in_flight=1), on("b", "host", 60), a={"preemption": "drain"}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 
 from schemas.requests import SamplingParams
 from services.gpu_agent.engine.sampling import (
@@ -18,6 +18,7 @@ from services.gpu_agent.engine.sampling import (
     Sampler,
     check,
     sample,
+    seed_at,
 )
 from tests.unit import tiny_models
 
@@ -56,14 +57,22 @@ def ours(model: Any, sampling: SamplingParams, end_ids: tuple[int, ...] = ()) ->
     return ids[len(PROMPT) :]
 
 
+class SeededByPosition(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped
+    """Has ``generate`` draw each token from seed and position, as ours does."""
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(seed_at(7, ids.shape[1] - len(PROMPT)))
+        return scores
+
+
 def theirs(model: Any, **settings: Any) -> list[int]:
     ids = torch.tensor([PROMPT])
-    torch.manual_seed(7)
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=NUM_NEW,
         pad_token_id=0,
+        logits_processor=LogitsProcessorList([SeededByPosition()]),
         **{"eos_token_id": None, "do_sample": False, **settings},
     )
     return [int(i) for i in out[0, len(PROMPT) :]]

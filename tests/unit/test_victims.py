@@ -152,6 +152,21 @@ def test_5_slow_swaps_are_not_worth_it(swap_s: float, preempts: bool) -> None:
     assert (scene.place("b") == Placement("gpu0", "evict", ("a",))) is preempts
 
 
+@pytest.mark.parametrize(("swap_s", "preempts"), [(0.0, False), (0.1, True), (0.11, False)])
+def test_5_where_swaps_are_known_to_be_quick_models_take_turns(
+    swap_s: float, preempts: bool
+) -> None:
+    """a had its quantum and is behind its target, and ten swap-ins fit in a quantum."""
+    scene = Scene()
+    agent = scene.gpu("gpu0", 10, a=("resident", 8, 1), b=("host", 8, 0))
+    agent.link.note(SwapTrace(0.0, total_s=swap_s))  # 0: still unknown
+    agent.replicas["a"].slack_s = -2 * NOW
+    scene.waits("b", NOW - 0.3)
+    assert (scene.place("b") == Placement("gpu0", "evict", ("a",))) is preempts
+    agent.replicas["a"].resident_since = NOW - 0.9
+    assert scene.place("b") is None
+
+
 @pytest.mark.parametrize(("num_asked", "preempts"), [(4, True), (40, False)])
 def test_5_no_preemption_that_makes_others_late(num_asked: int, preempts: bool) -> None:
     """a would be away for 2.6 s, 0.6 s longer than its requests can wait: how many will come?"""
@@ -192,10 +207,10 @@ def test_suspended_requests_leave_others_alone_until_they_are_nearly_due() -> No
 def test_where_swaps_cost_next_to_nothing_suspended_requests_need_not_wait_until_they_are_due() -> (
     None
 ):
-    """Twenty swap-ins in a run quantum: answers pause no longer than anybody waits."""
+    """Ten swap-ins in a run quantum: answers pause no longer than anybody waits."""
     scene = Scene()
     agent = scene.gpu("gpu0", 10, a=("host", 8, 2), c=("resident", 8, 1))
-    agent.link.note(SwapTrace(0.0, total_s=0.05))
+    agent.link.note(SwapTrace(0.0, total_s=0.1))
     a = agent.replicas["a"]
     a.slack_at, a.slack_s = NOW - 0.1, 9.0
     a.host_since = NOW - 0.1

@@ -92,6 +92,14 @@ def test_busy_models_leave_when_their_requests_can_spare_the_time_or_who_waits_s
     assert expected(story, "b") == 20 * 0.6 + 0.6  # until it need not ask
 
 
+def test_where_swaps_are_quick_a_busy_model_leaves_after_its_quantum() -> None:
+    story = running(on("a", "resident", 60, in_flight=1), on("b", "host", 60))
+    story.state.agents[GPU].link.note(SwapTrace(0.0, total_s=0.02))
+    story.state.tempo("a").token_s = 1.0  # it never has any slack
+    story.demand("r1", "b")
+    assert expected(story, "b") == 1.0 + 0.02
+
+
 @pytest.mark.parametrize("idle_s", [19.0, 21.0])
 def test_a_large_model_that_is_kept_leaves_for_a_smaller_one_that_starves(idle_s: float) -> None:
     story = measured(on("a", "resident", 80), on("b", "host", 40))

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import torch
 
-from schemas.requests import GenerateRequest
+from schemas.requests import GenerateRequest, SamplingParams
 from schemas.stream import ErrorCode
 from services.gpu_agent.arrival import NotArrived
 from services.gpu_agent.engine.decode_graph import DecodeGraphs
@@ -29,7 +29,7 @@ from services.gpu_agent.engine.kv_manager import KVManager
 from services.gpu_agent.engine.packed import PackedView, can_pack
 from services.gpu_agent.engine.prompts import InvalidPrompt, ModelText
 from services.gpu_agent.engine.row import Row
-from services.gpu_agent.engine.sampling import BadLogits, check, sample
+from services.gpu_agent.engine.sampling import BadLogits, check, check_prefix, sample
 from services.gpu_agent.engine.schedule import DEFAULT_CHUNK_TOKENS, Schedule
 from services.gpu_agent.ipc import Begun, Broke, Done, FromWorker
 
@@ -127,20 +127,32 @@ class Batch:
             message = "the request was submitted again; this run of it ends here"
             out.append(self._break(earlier, "cancelled", message))
         try:
-            ids = self._text.encode(request.prompt)
+            ids = self._truncated(self._text.encode(request.prompt), request.sampling)
             check(request.sampling, self._text.vocab_size)
+            check_prefix(request.prefix_token_ids, self._text.vocab_size)
+            if len(ids) >= self._limit:
+                message = self._too_long(len(ids))
+                return [*out, Broke(request.request_id, "context_length_exceeded", message)]
+            asked = request.sampling.max_tokens
+            room = self._limit - len(ids)
+            row = Row.of(request, ids, room if asked is None else min(asked, room), self._text)
         except InvalidPrompt as error:
             return [*out, Broke(request.request_id, "invalid_prompt", str(error))]
-        if len(ids) >= self._limit:
-            message = self._too_long(len(ids))
-            return [*out, Broke(request.request_id, "context_length_exceeded", message)]
-        asked = request.sampling.max_tokens
-        room = self._limit - len(ids)
-        row = Row.of(request, ids, room if asked is None else min(asked, room), self._text)
         if row.max_new < 1:
             return [*out, row.finish("length")]
+        if done := row.take_prefix():
+            return [*out, done]
         self._rows.add(row)
         return out
+
+    def _truncated(self, ids: list[int], params: SamplingParams) -> list[int]:
+        """``ids``, less what the request wants to have cut off."""
+        most = params.truncate_prompt_tokens
+        if most is None:
+            return ids
+        if most < 0:  # whatever fits, with all the tokens that are to come
+            most = max(1, self._limit - (params.max_tokens or 1))
+        return ids[-most:] if params.truncation_side == "left" else ids[:most]
 
     def cancel(self, request_id: str) -> list[FromWorker]:
         """End a request now. Nothing where it is not here (it may just have ended)."""
@@ -220,6 +232,7 @@ class Batch:
         for row in self._rows.admit():
             if not row.begun_at:
                 row.begun_at = time.perf_counter()
+                row.num_reused = row.num_cached
                 out.append(Begun(row.request_id, row.num_prompt, self._wall_clock()))
         return out
 

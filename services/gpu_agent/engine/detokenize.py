@@ -33,8 +33,11 @@ class Detokenizer:
     given out plus `flush` equals the decoded completion.
     """
 
-    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: Any, prompt_ids: Sequence[int], skip_special_tokens: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._ids = list(prompt_ids[-PROMPT_TAIL:])
         self._window = 0
         self._given = len(self._ids)
@@ -66,7 +69,9 @@ class Detokenizer:
     def _decode(self, ids: list[int]) -> str:
         return str(
             self._tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                ids,
+                skip_special_tokens=self._skip_special_tokens,
+                clean_up_tokenization_spaces=False,
             )
         )
 
@@ -74,24 +79,26 @@ class Detokenizer:
 class StopFinder:
     """Finds the first stop string in a stream of text, also across pieces."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], include_stop: bool = False) -> None:
         self._stops = tuple(stop for stop in stops if stop)
+        self._include_stop = include_stop
         self._held = ""
 
     def push(self, text: str, may_stop: bool = True) -> tuple[str, bool]:
         """(text that may go out now, whether a stop string was reached).
 
-        The text ends before the stop string. With ``may_stop`` False (too few tokens yet)
-        everything goes out and nothing is looked for.
+        The text ends before the stop string, or with it where it is to be included. With
+        ``may_stop`` False (too few tokens yet) everything goes out and nothing is looked for.
         """
         if not self._stops:
             return text, False
         text, self._held = self._held + text, ""
         if not may_stop:
             return text, False
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            return text[: min(found)], True
+            at, stop = min(found)
+            return text[: at + len(stop) if self._include_stop else at], True
         keep = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
@@ -113,9 +120,16 @@ def _overlap(text: str, stop: str) -> int:
 class TextStream:
     """One request's way from token ids to text: detokeniser, then stop strings."""
 
-    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], stops: Sequence[str]) -> None:
-        self._detokenizer = Detokenizer(tokenizer, prompt_ids)
-        self._stops = StopFinder(stops)
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt_ids: Sequence[int],
+        stops: Sequence[str],
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, prompt_ids, skip_special_tokens)
+        self._stops = StopFinder(stops, include_stop)
 
     @property
     def num_chars(self) -> int:

@@ -25,6 +25,7 @@ import itertools
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Final
 
 import numpy as np
@@ -37,6 +38,11 @@ from services.gpu_agent.engine.prefix import extend_keys
 
 _NOWHERE: Final = np.empty(0, dtype=np.int64)
 _serial = itertools.count(1)
+
+
+def _digest(salt: bytes) -> bytes:
+    """Longer than any key, so that no salt can stand for the blocks before."""
+    return sha256(salt).digest() if salt else b""
 
 
 @dataclass(eq=False)
@@ -94,8 +100,9 @@ class KVManager:
 
     # -- a row comes and goes --------------------------------------------------------------
 
-    def new_row(self) -> RowKV:
-        return RowKV(salt=b"" if self._shares else b"row %d" % next(_serial))
+    def new_row(self, salt: bytes = b"") -> RowKV:
+        """``salt``: it shares blocks with rows of the same salt only."""
+        return RowKV(salt=_digest(salt) if self._shares else b"row %d" % next(_serial))
 
     def place(self, kv: RowKV, ids: Sequence[int]) -> bool:
         """Blocks for all of ``ids`` and one token more, with what is known of them already.

@@ -1,14 +1,21 @@
 """A model's tokenizer side: prompts to token ids, and which ids end a completion."""
 
-from collections.abc import Mapping
+import inspect
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from schemas.requests import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from services.gpu_agent.engine.pieces import Pieces
+
+# What is not a variable of the template, but tells the function that renders it what to do.
+_TEMPLATE_ARGUMENTS: Final = frozenset(
+    inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+) - {"kwargs"}
 
 
 class InvalidPrompt(Exception):
@@ -52,23 +59,31 @@ class ModelText:
         return cls(model, tokenizer, _eos_ids(folder, config, tokenizer), vocab_size)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """``prompt`` as token ids, at least one. Raises InvalidPrompt."""
-        match prompt:
-            case ChatPrompt():
-                ids = self._encode_chat(prompt)
-            case TextPrompt():
-                ids = list(self.tokenizer.encode(prompt.text))
-            case TokenPrompt():
-                ids = list(prompt.token_ids)
+        """``prompt`` as token ids that the model can take, at least one. Raises InvalidPrompt."""
+        ids = self.tokens_of(prompt)
         if not ids:
             raise InvalidPrompt("the prompt is empty: it has no tokens")
+        self.check(ids)
+        return ids
+
+    def check(self, ids: Sequence[int]) -> None:
+        """Raise InvalidPrompt where one of ``ids`` is none of the model's."""
         wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
         if wrong is not None:
             raise InvalidPrompt(
                 f"token id {wrong} is outside the vocabulary of model {self.model!r}, "
                 f"which has ids 0 to {self.vocab_size - 1}"
             )
-        return ids
+
+    def tokens_of(self, prompt: Prompt) -> list[int]:
+        """``prompt`` as token ids, as the tokenizer says. Raises InvalidPrompt."""
+        match prompt:
+            case ChatPrompt():
+                return self._encode_chat(prompt)
+            case TextPrompt(text, add_special_tokens):
+                return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+            case TokenPrompt():
+                return list(prompt.token_ids)
 
     def _encode_chat(self, prompt: ChatPrompt) -> list[int]:
         if not prompt.messages:
@@ -85,7 +100,11 @@ class ModelText:
         ]
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+                messages,
+                tokenize=False,
+                add_generation_prompt=prompt.add_generation_prompt,
+                continue_final_message=prompt.continue_final_message,
+                **self._template_variables(prompt),
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             # Templates refuse by raise_exception(...), for example a role they do not know.
@@ -94,7 +113,60 @@ class ModelText:
                 f"{_first_line(error)}"
             ) from error
         # The template writes the special tokens itself; a second BOS would change the answer.
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return list(self.tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens))
+
+    def _template_variables(self, prompt: ChatPrompt) -> dict[str, Any]:
+        """What the template gets besides the messages. Raises InvalidPrompt for what it would
+        not look at though the request asks for it by name.
+        """
+        variables = dict(prompt.template_kwargs)
+        for name in variables:
+            if name in _TEMPLATE_ARGUMENTS:
+                raise InvalidPrompt(f"chat_template_kwargs can not have {name!r}")
+        if prompt.documents:
+            self._require_variable("documents")
+            variables["documents"] = list(prompt.documents)
+        if effort := prompt.reasoning_effort:
+            if effort != "none":  # a model that does not reason does as it is told
+                self._require_variable("reasoning_effort", "enable_thinking")
+            variables.setdefault("reasoning_effort", effort)
+            variables.setdefault("enable_thinking", effort != "none")
+        return variables
+
+    def _require_variable(self, name: str, *others: str) -> None:
+        known = "|".join((name, *others))
+        if not re.search(rf"\b({known})\b", self.tokenizer.get_chat_template()):
+            raise InvalidPrompt(
+                f"the chat template of model {self.model!r} does not know {name}: leave it out"
+            )
+
+    def bad_words(self, words: Sequence[str]) -> list[list[int]]:
+        """The token sequences that say ``words``: at the beginning of a text, and after a space.
+
+        The second only where it is one word's other spelling, not a space and the first again.
+        """
+        found: list[list[int]] = []
+        for word in words:
+            bare, spaced = (
+                list(self.tokenizer.encode(prefix + word.lstrip(), add_special_tokens=False))
+                for prefix in ("", " ")
+            )
+            if not bare:
+                raise InvalidPrompt(f"bad_words: {word!r} has no tokens")
+            found.append(bare)
+            if len(spaced) == len(bare) and spaced[0] != bare[0]:
+                found.append(spaced)
+        return found
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """The text of ``ids``, just as it is."""
+        return str(
+            self.tokenizer.decode(
+                list(ids),
+                skip_special_tokens=skip_special_tokens,
+                clean_up_tokenization_spaces=False,
+            )
+        )
 
 
 def _eos_ids(folder: Path, config: Any, tokenizer: Any) -> frozenset[int]:

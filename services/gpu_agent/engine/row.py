@@ -4,11 +4,10 @@ import time
 from dataclasses import dataclass, field
 
 from schemas.requests import GenerateRequest
-from schemas.stream import FinishReason, TokenLogprob, TokenLogprobs
+from schemas.stream import FinishReason, PromptTold, TokenLogprob, TokenLogprobs
 from services.gpu_agent.engine.detokenize import TextStream
 from services.gpu_agent.engine.kv import Span
 from services.gpu_agent.engine.kv_manager import RowKV
-from services.gpu_agent.engine.pieces import Pieces
 from services.gpu_agent.engine.prompts import ModelText
 from services.gpu_agent.engine.sampling import Chosen, Sampler
 from services.gpu_agent.ipc import Broke, Done, FromWorker, Produced
@@ -25,6 +24,8 @@ class Row:
     on each step adds one. Parked, it gives its blocks back and waits again; the next admission
     finds its K and V in host memory, or computes prompt and chosen tokens anew, and the sampler
     goes on where it was.
+    With a prefix it begins with the tokens that an earlier run chose, as if it had chosen them
+    itself and had been parked: they are prefilled with the prompt, and count everywhere.
     Times are `time.perf_counter` seconds.
     """
 
@@ -34,26 +35,31 @@ class Row:
     max_new: int
     sampler: Sampler
     text: TextStream
-    pieces: Pieces
+    model_text: ModelText
     end_ids: frozenset[int]  # end-of-sequence, unless ignored, and the request's own
     kv: RowKV = field(default_factory=RowKV)
     is_alone: bool = False  # its prompt shares no forward pass with others
     prefill_end: int = 0  # tokens it had when it was admitted
+    num_reused: int = 0  # tokens of the prompt whose KV was there when it was first admitted
     begun_at: float = 0.0
     first_token_at: float = 0.0
     ended: bool = False
 
     @classmethod
     def of(cls, request: GenerateRequest, ids: list[int], max_new: int, text: ModelText) -> "Row":
+        """Raises InvalidPrompt where its words to avoid have no tokens."""
         params = request.sampling
+        bad_words = text.bad_words(params.bad_words)
         return cls(
             request=request,
             ids=ids,
             num_prompt=len(ids),
             max_new=max_new,
-            sampler=Sampler(params, text.eos_ids, ids),
-            text=TextStream(text.tokenizer, ids, params.stop),
-            pieces=text.pieces,
+            sampler=Sampler(params, text.eos_ids, ids, bad_words),
+            text=TextStream(
+                text.tokenizer, ids, params.stop, params.include_stop, params.skip_special_tokens
+            ),
+            model_text=text,
             end_ids=frozenset(params.stop_token_ids)
             | (frozenset() if params.ignore_eos else text.eos_ids),
         )
@@ -84,6 +90,17 @@ class Row:
     def num_to_fill(self) -> int:
         return self.prefill_end - self.num_cached
 
+    def take_prefix(self) -> Done | None:
+        """Take the tokens that an earlier run chose, before anything is computed. Done where the
+        last one ended the answer, and only its end is still to be told.
+        """
+        for token_id in self.request.prefix_token_ids:
+            self.sampler.count(token_id)
+            _, ending = self._append(token_id)
+            if ending:
+                return self.finish(*ending)
+        return None
+
     def span(self, most: int) -> Span:
         """What to compute next, ``most`` tokens at the most."""
         return self.kv.span(min(self.num_cached + most, len(self.ids)))
@@ -91,32 +108,47 @@ class Row:
     def accept(self, chosen: Chosen) -> list[FromWorker]:
         """Add a chosen token; what to tell about it. Ends the row where this was the last."""
         token_id = chosen.token_id
+        self.first_token_at = self.first_token_at or time.perf_counter()
+        logprobs = self._logprobs(chosen)  # first: it tells where the text was before the token
+        text, ending = self._append(token_id)
+        prompt = self._told() if self.num_new == 1 else None
+        out: list[FromWorker] = [
+            Produced(self.request_id, self.num_new - 1, (token_id,), text, logprobs, prompt),
+        ]
+        if ending:
+            out.append(self.finish(*ending))
+        return out
+
+    def _told(self) -> PromptTold:
+        """What to tell of the prompt, with the first token."""
+        params, ids = self.request.sampling, self.ids[: self.num_prompt]
+        text = ""
+        if params.tell_prompt_text:
+            text = self.model_text.decode(ids, params.skip_special_tokens)
+        return PromptTold(len(ids), tuple(ids) if params.tell_prompt_ids else (), text)
+
+    def _append(self, token_id: int) -> tuple[str, tuple[FinishReason, str] | None]:
+        """The text that the token adds; where it is the last one, also why and the rest of it."""
         self.ids.append(token_id)
-        if self.num_new == 1:
-            self.first_token_at = time.perf_counter()
         may_stop = self.num_new >= self.request.sampling.min_tokens
         is_end = token_id in self.end_ids
-        logprobs = self._logprobs(chosen)  # first: it tells where the text was before the token
         # A token that ends the completion is counted, but it is not text even where the
-        # tokenizer would print it.
-        text, stopped = ("", False) if is_end else self.text.push(token_id, may_stop)
-        out: list[FromWorker] = [
-            Produced(self.request_id, self.num_new - 1, (token_id,), text, logprobs),
-        ]
+        # tokenizer would print it, unless the request wants to see it.
+        is_text = not is_end or self.request.sampling.include_stop
+        text, stopped = self.text.push(token_id, may_stop) if is_text else ("", False)
         if stopped:
-            out.append(self.finish("stop"))
-        elif is_end or self.num_new >= self.max_new:
+            return text, ("stop", "")
+        if is_end or self.num_new >= self.max_new:
             rest, stopped = self.text.flush(may_stop)
-            reason: FinishReason = "stop" if is_end or stopped else "length"
-            out.append(self.finish(reason, rest))
-        return out
+            return text, ("stop" if is_end or stopped else "length", rest)
+        return text, None
 
     def _logprobs(self, chosen: Chosen) -> tuple[TokenLogprobs, ...]:
         """What to tell of the chosen token's probability; nothing where nobody asked."""
         if chosen.logprob is None:
             return ()
         first, *top = (
-            TokenLogprob(token_id, logprob, *self.pieces.of(token_id))
+            TokenLogprob(token_id, logprob, *self.model_text.pieces.of(token_id))
             for token_id, logprob in ((chosen.token_id, chosen.logprob), *chosen.top)
         )
         return (TokenLogprobs(first, self.text.num_chars, tuple(top)),)
@@ -134,6 +166,7 @@ class Row:
             prefill_s=first - self.begun_at if self.begun_at else 0.0,
             decode_s=now - first if self.first_token_at else 0.0,
             text=text,
+            cached_tokens=self.num_reused,
         )
 
     def fail(self, error: Broke) -> Broke:

@@ -1,14 +1,15 @@
 """Choosing the next token from logits.
 
-Each request draws from its own generator on the host, so what it draws depends on its seed
-and its own logits only: not on the device, nor on the other requests in the batch. (The
-logits themselves differ by rounding, about 1e-6, between batch shapes, as in any engine.)
+Each token is drawn on the host, from its request's seed, its position in the answer and its own
+logits only: not from the device, nor the other requests in the batch, nor how the tokens before it
+came about. So a request goes on anywhere, from any token, as it would have gone on where it was.
+(The logits themselves differ by rounding, about 1e-6, between batch shapes, as in any engine.)
 
 What happens to a row's logits, in the order of transformers' ``generate`` (and of vLLM, but for
 min_p, which vLLM applies before top_k):
 
-    raw ─> bias ─> repetition ─> presence, frequency ─> hold back ends (min_tokens)
-     │       ─> argmax, where greedy
+    raw ─> bias ─> allowed ─> bad words ─> repetition ─> presence, frequency
+     │       ─> hold back ends (min_tokens) ─> argmax, where greedy
      │       ─> temperature ─> top_k ─> top_p ─> min_p ─> draw
      `─> log_softmax: the log probabilities that are told, OpenAI's and vLLM's default
 
@@ -70,13 +71,27 @@ def check(params: SamplingParams, vocab_size: int) -> None:
             raise InvalidSampling(
                 f"logit_bias of token {token_id} = {bias} must be between {low} and {high}"
             )
-    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+    for name, ids in (
+        ("logit_bias", params.logit_bias),
+        ("stop_token_ids", params.stop_token_ids),
+        ("allowed_token_ids", params.allowed_token_ids),
+    ):
         wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
         if wrong is not None:
             raise InvalidSampling(
                 f"{name} names token id {wrong}, which is outside this model's vocabulary: "
                 f"its ids are 0 to {vocab_size - 1}"
             )
+
+
+def check_prefix(token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raise InvalidSampling where an answer can not have begun with ``token_ids``."""
+    wrong = next((i for i in token_ids if not 0 <= i < vocab_size), None)
+    if wrong is not None:
+        raise InvalidSampling(
+            f"prefix_token_ids name token id {wrong}, which is outside this model's vocabulary: "
+            f"its ids are 0 to {vocab_size - 1}"
+        )
 
 
 class Sampler:
@@ -86,7 +101,11 @@ class Sampler:
     """
 
     def __init__(
-        self, params: SamplingParams, end_ids: Collection[int], prompt_ids: Sequence[int] = ()
+        self,
+        params: SamplingParams,
+        end_ids: Collection[int],
+        prompt_ids: Sequence[int] = (),
+        bad_words: Sequence[Sequence[int]] = (),
     ) -> None:
         self.num_logprobs: Final = params.logprobs
         self._num_chosen = 0
@@ -95,10 +114,16 @@ class Sampler:
         self._hold_back: Any = SuppressTokensLogitsProcessor(ends) if self._min_tokens else None
         self._seen: _Seen | None = None
         self._penalties: CountPenalties | None = None
+        self._bad_words: BadWords | None = None
         self._processors: list[Any] = []
         if params.logit_bias:
             bias = {(token_id,): float(value) for token_id, value in params.logit_bias.items()}
             self._processors.append(SequenceBiasLogitsProcessor(bias))
+        if params.allowed_token_ids:
+            self._processors.append(AllowedTokens(params.allowed_token_ids))
+        if bad_words:
+            self._bad_words = BadWords(bad_words)
+            self._processors.append(self._bad_words)
         if params.repetition_penalty != 1.0:
             self._seen = _Seen(prompt_ids)
             penalty = float(params.repetition_penalty)
@@ -108,8 +133,9 @@ class Sampler:
             self._processors.append(self._penalties)
         self._generator: torch.Generator | None = None
         self._warpers: list[Any] = []
+        self._seed = params.seed
         if params.temperature >= GREEDY_BELOW:
-            self._generator = torch.Generator().manual_seed(params.seed % 2**63)
+            self._generator = torch.Generator()
             self._warpers = _warpers(params)
 
     @property
@@ -141,6 +167,7 @@ class Sampler:
         for warper in self._warpers:
             scores = warper(ids, scores)
         probabilities = torch.softmax(scores[0], dim=-1)
+        self._generator.manual_seed(seed_at(self._seed, self._num_chosen))
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
     def count(self, token_id: int) -> None:
@@ -150,6 +177,18 @@ class Sampler:
             self._seen.add(token_id)
         if self._penalties:
             self._penalties.count(token_id)
+        if self._bad_words:
+            self._bad_words.count(token_id)
+
+
+def seed_at(seed: int, position: int) -> int:
+    """The seed of one draw: both numbers mixed by the finaliser of SplitMix64, since a generator
+    uses few of a seed's bits, and seeds that are alike begin alike.
+    """
+    mixed = (seed + (position + 1) * 0x9E3779B97F4A7C15) % 2**64
+    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
+    return mixed ^ mixed >> 31
 
 
 def _warpers(params: SamplingParams) -> list[Any]:
@@ -175,16 +214,60 @@ class CountPenalties:
     def __init__(self, presence: float, frequency: float) -> None:
         self._presence = presence
         self._frequency = frequency
-        self._counts = torch.zeros(0)  # by token id; as long as the first logits are
+        self._counts = torch.zeros(0)  # by token id, as far as any was met
 
     def count(self, token_id: int) -> None:
+        self._reach(token_id + 1)
         self._counts[token_id] += 1
 
+    def _reach(self, num_ids: int) -> None:
+        short = num_ids - len(self._counts)
+        if short > 0:
+            self._counts = torch.nn.functional.pad(self._counts, (0, short))
+
     def __call__(self, _: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if not self._counts.numel():
-            self._counts = scores.new_zeros(scores.shape[-1])
+        self._reach(scores.shape[-1])
         counts = self._counts
         return scores - self._frequency * counts - self._presence * (counts > 0)
+
+
+class AllowedTokens:
+    """Nothing but these is chosen."""
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        self._ids = torch.tensor(sorted(set(token_ids)), dtype=torch.int64)
+
+    def __call__(self, _: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        masked = torch.full_like(scores, -math.inf)
+        masked[:, self._ids] = scores[:, self._ids]
+        return masked
+
+
+class BadWords:
+    """The last token of each of ``words`` is not chosen where the others were just generated.
+
+    transformers' processor for this reads the prompt, too; vLLM's and this one do not.
+    """
+
+    def __init__(self, words: Sequence[Sequence[int]]) -> None:
+        self._words = [(list(word[:-1]), word[-1]) for word in words]
+        self._longest = max(len(before) for before, _ in self._words)
+        self._recent: list[int] = []  # generated tokens, as many as can matter
+
+    def count(self, token_id: int) -> None:
+        if self._longest:
+            self._recent = [*self._recent, token_id][-self._longest :]
+
+    def __call__(self, _: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        recent = self._recent
+        last_ids = [
+            last for before, last in self._words if not before or recent[-len(before) :] == before
+        ]
+        if not last_ids:
+            return scores
+        scores = scores.clone()
+        scores[:, last_ids] = -math.inf
+        return scores
 
 
 class _Seen:

@@ -61,7 +61,7 @@ class Schedule:
         return next((row for row in self._waiting if row.request_id == request_id), None)
 
     def add(self, row: Row) -> None:
-        row.kv = self.kv.new_row()
+        row.kv = self.kv.new_row(row.request.sampling.cache_salt.encode())
         self._waiting.append(row)
 
     def remove(self, row: Row) -> None:
