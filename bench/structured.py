@@ -71,8 +71,8 @@ class _Engine:
         self._engine.submit(request)
 
     def per_step_s(self, grammar: Grammar | None, rows: int) -> float:
-        """CPU seconds of one decode step of ``rows`` rows, the mean over STEPS. There is one
-        thread, so what others do on the machine does not count.
+        """CPU seconds of a decode step of ``rows`` rows, the mean over STEPS. There is one thread,
+        so what others do on the machine does not count.
         """
         for _ in range(rows):
             self.submit(grammar, STEPS + 1)

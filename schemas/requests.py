@@ -96,6 +96,11 @@ class Grammar(msgspec.Struct, frozen=True):
     field: str
 
 
+# Reading some grammars takes the square of their length: a second or so at these.
+MAX_GRAMMAR_CHARS: Final = 16 * 1024
+MAX_SCHEMA_CHARS: Final = 256 * 1024  # JSON schemas, all that are in one request; and choices
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How to choose tokens. ``temperature == 0`` is greedy.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from schemas.requests import Grammar, GrammarKind
+from schemas.requests import MAX_GRAMMAR_CHARS, MAX_SCHEMA_CHARS, Grammar, GrammarKind
 from services.api.errors import ApiError, invalid
 from services.api.fields import show
 from services.api.openai import ResponseFormat, SamplingFields, StructuredOutputs
@@ -36,6 +36,11 @@ def grammar_of(request: SamplingFields) -> Grammar | None:
         first, second = found[0].field, found[1].field
         words = f"{first} and {second} both say what the answer must be: send one of them."
         raise invalid(second, words)
+    for one in found:
+        limit = MAX_GRAMMAR_CHARS if one.kind in ("regex", "grammar") else MAX_SCHEMA_CHARS
+        if len(one.text) > limit:
+            words = f"{one.field} has {len(one.text)} characters; at most {limit} are allowed."
+            raise invalid(one.field, words)
     return found[0] if found else None
 
 

@@ -121,6 +121,7 @@ def test_what_an_answer_must_be(parse: Any, fields: dict[str, Any], expected: An
         ({"guided_choice": ["a", ""]}, "guided_choice", "no empty one"),
         ({"guided_choice": "a"}, "guided_choice", "'a'"),
         ({"guided_regex": ""}, "guided_regex", "must not be empty"),
+        ({"guided_regex": "a" * 20_000}, "guided_regex", "20000 characters; at most 16384"),
         ({"guided_json": "{"}, "guided_json", "is not JSON"),
         ({"guided_json": "[]"}, "guided_json", "must be a JSON schema"),
     ],

@@ -12,7 +12,7 @@ from schemas.requests import ChatMessage, ChatPrompt, Grammar, GrammarKind, Tool
 from schemas.state import ToolFormat
 from services.api.tool_calls import Arguments, CallBegun, Said, ToolParser
 from services.demo.models import CHAT_TEMPLATE as DEMO_TEMPLATE
-from services.gpu_agent.engine.prompts import ModelText, NoTools
+from services.gpu_agent.engine.prompts import InvalidPrompt, ModelText, NoTools
 from services.gpu_agent.ipc import Done
 from services.gpu_agent.tool_format import MARKERS, find_tool_format, format_of
 from tests.unit.engine_kit import CHAT_TEMPLATE, byte_tokenizer, make_batch, request, run
@@ -185,6 +185,13 @@ def test_a_template_sees_tools_calls_and_answers() -> None:
     )
     shown = text.tokenizer.decode(text.encode(prompt))
     assert shown == "f;user:hi;assistant:<tool_call>c15;tool:42c1;"
+
+
+def test_arguments_that_are_no_json_are_refused() -> None:
+    text = ModelText("tiny", byte_tokenizer(SHOWS), frozenset(), 256)
+    call = ToolCall("c1", "f", "{")
+    with pytest.raises(InvalidPrompt):
+        text.encode(ChatPrompt((ChatMessage("assistant", "", None, (call,)),)))
 
 
 def test_a_template_without_tools_is_named() -> None:

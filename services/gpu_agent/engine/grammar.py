@@ -27,7 +27,7 @@ import torch
 from llguidance.gbnf_to_lark import any_to_lark
 from tokenizers import Tokenizer
 
-from schemas.requests import Grammar, Tool
+from schemas.requests import MAX_GRAMMAR_CHARS, MAX_SCHEMA_CHARS, Grammar, Tool
 from schemas.state import ToolFormat
 from services.gpu_agent.engine.prompts import InvalidPrompt
 from services.gpu_agent.engine.tool_grammar import JSON_OPTIONS, lark_string, tool_grammar
@@ -170,6 +170,9 @@ class Grammars:
             if self._vocabulary is None:
                 self._vocabulary = self._read_vocabulary()
             text = self._grammar_text(grammar, tools)
+            limit = MAX_GRAMMAR_CHARS if grammar.kind in ("regex", "grammar") else MAX_SCHEMA_CHARS
+            if len(text) > 2 * limit:  # the api's limit is for what the client sent
+                raise InvalidGrammar(f"{grammar.field} is too long: {len(text)} characters")
             matcher = llguidance.LLMatcher(self._vocabulary, text, log_level=0, limits=limits)
             error = matcher.get_error()
         except InvalidGrammar:

@@ -133,9 +133,9 @@ class ModelText:
                 f"the chat template of model {self.model!r} does not know tools: leave them "
                 "out, or use another model"
             )
-        messages = [_as_dict(message) for message in prompt.messages]
         tools = [_tool_as_dict(tool) for tool in prompt.tools]
         try:
+            messages = [_as_dict(message) for message in prompt.messages]
             text = self.tokenizer.apply_chat_template(
                 messages,
                 tools=tools or None,
