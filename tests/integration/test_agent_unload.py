@@ -9,7 +9,7 @@ from schemas.events import (
     SwapOutCompleted,
 )
 from schemas.state import ModelSpec
-from schemas.stream import Failed, Finished, Tokens
+from schemas.stream import Failed, Finished, Started, Tokens
 from tests.integration.agent_kit import GPU, Agent, ends
 
 
@@ -48,7 +48,7 @@ async def test_suspended_requests_go_back_to_the_queue_and_are_answered_anew(age
     await agent.events.until(ModelUnloaded)
     assert ends(chunks) == []
     await agent.bring_in("m")
-    await chunks.until_true(lambda: len(chunks.all(Tokens)) == 2, "its first token once more")
+    await chunks.until(Started, attempt=2)
     agent.release()
     await chunks.until(Finished)
     assert len(agent.events.all(RequestEnded)) == 1
