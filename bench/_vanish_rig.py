@@ -37,7 +37,6 @@ class Row:
 
     delivery: Delivery
     num_tokens: int = 0
-    step_of_cancel: int | None = None
 
 
 @dataclass
@@ -96,11 +95,12 @@ class Agent:
             began_at = time.monotonic()
             claim = began_at - claimed_at > _STILL_HERE_S
             claimed_at = began_at if claim else claimed_at
-            for request_id, row in list(self.rows.items()):
-                await self._step(request_id, row)
+            for number, (request_id, row) in enumerate(list(self.rows.items())):
+                if request_id in self.rows:  # not cancelled in the meantime
+                    await self._step(request_id, row)
                 if claim:
                     await row.delivery.in_progress()
-                if row.num_tokens % 8 == 0:
+                if number % 20 == 0:
                     await asyncio.sleep(0)  # cancellations are heard in the middle of a step, too
             self.num_steps += 1
             await asyncio.sleep(max(0.0, self.step_s - (time.monotonic() - began_at)))

@@ -247,8 +247,8 @@ OPERATIONS = (
         "scheduler",
         "send",
         "events",
-        "Report a change of leader, of deployments, models that nobody can serve, and what was "
-        "decided and why.",
+        "Report changes of leader and deployments, models that nobody can serve, and decisions "
+        "with their reasons.",
         get_args(events.SchedulerEvent),
     ),
     Operation("scheduler", "receive", "admin", "Change deployments, and what is where."),
@@ -375,7 +375,7 @@ def _headers(msg_id: str) -> Json:
             "traceparent": {"type": "string", "description": "W3C trace context."},
             names.HEADER_TENANT: {
                 "type": "string",
-                "description": "Who the request is for: a hash of the client's API key.",
+                "description": "Who the request is for: the id of the client's API key.",
             },
         },
         "required": ["Nats-Msg-Id"],

@@ -62,7 +62,7 @@ def _lengths(request: Request) -> list[tuple[str, int, bool]]:
         return [("input", len(one), not isinstance(one, str)) for one in request.inputs]
     match request.prompt:
         case ChatPrompt(messages=messages):
-            return [("messages", sum(len(one.content) for one in messages), False)]
+            return [("messages", sum(len(one.content or "") for one in messages), False)]
         case TextPrompt(text=text):
             return [("prompt", len(text), False)]
         case TokenPrompt(token_ids=token_ids):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib import resources
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import msgspec
@@ -38,6 +39,7 @@ from services.api.tokenize import (
     parse_detokenize,
     parse_tokenize,
 )
+from services.api.tool_answers import with_tools
 from services.api.tracing import Traced, request_id_of
 from services.bus import Bus
 from services.telemetry import ATTR_MODEL
@@ -79,6 +81,7 @@ def build(
             *BATCH_HANDLERS,
             healthz,
             readyz,
+            get_version,
             schema_page,
             openapi_json,
             *KEY_ROUTES,
@@ -172,6 +175,7 @@ async def _generate(request: HttpRequest, state: State, parsed: Parsed) -> ASGIA
     catalog: Catalog = state.catalog
     relay: Relay = state.relay
     deployment = catalog.require(parsed.model, key=key_of(request.scope))
+    parsed = with_tools(parsed, catalog, deployment)
     request_id = request_id_of(request.scope)
     tenant = tenant_of(request.headers.get("authorization"))
     timeout_s = timeout_of(request.headers.get(TIMEOUT_HEADER), parsed.timeout_s)
@@ -213,10 +217,20 @@ class Health(msgspec.Struct):
     missing: list[str] = []
 
 
-@get("/healthz")
+@get(["/healthz", "/health", "/ping"])
 async def healthz() -> Response[bytes]:
-    """200 while the process lives."""
+    """200 while the process lives. The other two are its names at vLLM."""
     return _json(Health("ok"))
+
+
+class Version(msgspec.Struct):
+    version: str
+
+
+@get("/version")
+async def get_version() -> Response[bytes]:
+    """Of this server."""
+    return _json(Version(version("hotswap")))
 
 
 @get("/readyz")

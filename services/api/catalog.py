@@ -20,6 +20,7 @@ from schemas.state import (
     ReplicaState,
     ResidencyRecord,
     Runner,
+    ToolFormat,
 )
 from services.api import errors, presets
 from services.api.fields import Endpoint
@@ -126,6 +127,17 @@ class Catalog:
             raise errors.invalid("dimensions", f"{words}{record.facts.dimensions}.")
         return record.spec.name
 
+    def require_tools(self, model: str) -> None:
+        """Raise ApiError where ``model`` is known to know no tools."""
+        record = self.find(model)
+        if record and record.facts and not record.facts.tool_format:
+            raise errors.tools_not_supported(model)
+
+    def tool_format(self, model: str) -> ToolFormat:
+        """How ``model`` writes calls of tools; "" where that is not known."""
+        record = self.find(model)
+        return record.facts.tool_format if record and record.facts else ""
+
     def records(self) -> list[DeploymentRecord]:
         """All deployments, by name."""
         return sorted(self._deployments.values.values(), key=lambda record: record.spec.name)
@@ -224,6 +236,7 @@ class Catalog:
     def _describe(self, record: DeploymentRecord, name: str) -> Model:
         gpus = self.states(record.spec.name)
         facts = record.facts
+        max_model_len = facts.max_model_len if facts else record.spec.max_model_len
         return Model(
             id=name,
             created=record.created_at,
@@ -232,10 +245,11 @@ class Catalog:
                 state=nearest(gpus),
                 gpus=gpus,
                 weight_bytes=facts.weight_bytes if facts else None,
-                max_model_len=facts.max_model_len if facts else record.spec.max_model_len,
+                max_model_len=max_model_len,
                 reason=record.reason,
                 alias_of=UNSET if name == record.spec.name else record.spec.name,
             ),
+            max_model_len=max_model_len,
         )
 
     def _on_deployment(self, key: str, record: DeploymentRecord | None) -> None:

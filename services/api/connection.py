@@ -78,6 +78,9 @@ class Connection(HttpToolsProtocol):
 
     def _on_head_timeout(self) -> None:
         self._head_timer = None
+        if self.cycle and not self.cycle.response_complete:  # one begun while an answer goes on
+            self._head_timer = self.loop.call_later(self.read_timeout_s, self._on_head_timeout)
+            return
         if not self._head_bytes:  # it never said a word
             self.transport.close()
             return
@@ -110,7 +113,10 @@ class Connection(HttpToolsProtocol):
             self._write_timer = self.loop.call_later(self.write_timeout_s, self.transport.abort)
 
     def _refuse(self, status: int, code: str, message: str) -> None:
-        """Answer without any request, and close."""
+        """Answer without any request, and close. In the middle of another answer: just close."""
+        if self.cycle and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.abort()
+            return
         error = ApiError(status, code, message)
         head = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}"]
         head += ["content-type: application/json", f"content-length: {len(error.body)}"]

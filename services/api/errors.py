@@ -12,12 +12,14 @@
 |        | disabled_api_key                                     |                                 |
 | 403    | insufficient_role, model_not_allowed                 | the key does not allow it       |
 | 404    | model_not_found, deployment_not_found,               |                                 |
-|        | key_not_found, unknown_url, unknown_action           |                                 |
+|        | key_not_found, unknown_url, unknown_action,          |                                 |
+|        | file_not_found, batch_not_found                      |                                 |
 | 405    | method_not_allowed                                   | with Allow                      |
 | 408    | request_timeout                                      | its head or body did not come   |
-| 409    | key_conflict, conflict                               | the change can not be made      |
+| 409    | key_conflict, conflict, file_in_use,                 | not as things stand             |
+|        | batch_not_cancellable                                |                                 |
 | 412    | precondition_failed                                  | If-Match names another version  |
-| 413    | request_too_large                                    |                                 |
+| 413    | request_too_large, file_too_large                    |                                 |
 | 429    | queue_full, rate_limit_exceeded,                     | with Retry-After                |
 |        | concurrency_limit_exceeded                           |                                 |
 | 431    | headers_too_large                                    |                                 |
@@ -27,6 +29,7 @@
 |        | tokenizer_unavailable                                |                                 |
 |        | slow_reader                                          | only inside a stream            |
 | 504    | deadline_exceeded                                    |                                 |
+| 507    | no_room                                              | for a file                      |
 """
 
 import http
@@ -56,6 +59,8 @@ _SERVER = "server_error"
 _STATUS_OF_FAILURE: dict[ErrorCode, int] = {
     "context_length_exceeded": 400,
     "invalid_prompt": 400,
+    "invalid_grammar": 400,
+    "tools_not_supported": 400,
     "model_not_supported": 400,
     "model_unavailable": 503,
     "engine_failed": 500,
@@ -137,6 +142,11 @@ def model_not_supported(model: str, runner: Runner) -> ApiError:
     return ApiError(400, "model_not_supported", message, param="model")
 
 
+def tools_not_supported(model: str) -> ApiError:
+    message = f"The chat template of model {model!r} does not know tools: leave tools out."
+    return ApiError(400, "tools_not_supported", message, param="tools")
+
+
 def model_unavailable(model: str, reason: str, retry_after_s: int | None = None) -> ApiError:
     """``retry_after_s``: when the model is expected; None: not known."""
     message = f"The model {model!r} can not be served: {reason or 'no reason given'}"
@@ -194,6 +204,8 @@ def from_failure(
     param = prompt_param if status == 400 else None
     if code == "model_not_supported":
         param = "model"
+    elif code == "tools_not_supported":
+        param = "tools"
     if status != 503:
         retry_after_s = None
     elif code != "model_unavailable" or retry_after_s is None:

@@ -24,7 +24,6 @@ STREAM_OPTIONS = frozenset({"include_usage", "include_obfuscation", "continuous_
 HARMLESS = frozenset(
     {
         "metadata",
-        "parallel_tool_calls",  # means nothing without tools
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
@@ -51,12 +50,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "early_stopping": (False,),
     "spaces_between_special_tokens": (True, False),  # means something to slow tokenizers only
     "logits_processors": ([],),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": ([],),
-    "guided_grammar": (),
+    "guided_whitespace_pattern": (),
+    "guided_decoding_backend": (),
+    "structural_tag": (),
     "priority": (0,),
     "watermarking": (False,),
     "repetition_detection": (),
@@ -72,8 +68,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _NEUTRAL_OF: dict[Endpoint, dict[str, tuple[Any, ...]]] = {
     "chat": _NEUTRAL
     | {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),

@@ -14,9 +14,12 @@ from services.api import logprobs, openai
 from services.api.answer import Piece
 from services.api.call import Call
 from services.api.fan import Choices, Told
+from services.api.frames import Frame
 from services.api.openai import WireFinishReason
 from services.api.parsing import Parsed
 from services.api.served import served
+from services.api.tool_calls import ToolParser
+from services.api.tool_forms import delta_of, message_of
 
 _encode = msgspec.json.Encoder().encode
 
@@ -29,9 +32,11 @@ def _event(chunk: msgspec.Struct) -> bytes:
     return event_bytes(_encode(chunk))
 
 
-def _reason(finished: Finished) -> WireFinishReason:
+def _reason(finished: Finished, num_calls: int = 0) -> WireFinishReason:
     # "cancelled" never gets here: the relay runs such a request again, or ends it with an error.
-    return "length" if finished.finish_reason == "length" else "stop"
+    if finished.finish_reason == "length":
+        return "length"
+    return "tool_calls" if num_calls else "stop"
 
 
 def _usage(fan: Choices) -> openai.Usage:
@@ -103,9 +108,12 @@ def _chat_choice(
 ) -> openai.ChatChoice:
     text = _echo(parsed, fan, index) + "".join(piece.text for piece in pieces)
     told = [one for piece in pieces for one in piece.logprobs]
+    message = openai.AnswerMessage(text)
+    if parsed.tool_parser:
+        message = message_of(parsed.tool_parser(), text)
     return openai.ChatChoice(
-        openai.AnswerMessage(text),
-        _reason(_end(fan, index)),
+        message,
+        _reason(_end(fan, index), len(message.tool_calls or ())),
         index,
         logprobs.of_chat(told, parsed.form.logprobs_by_id),
         _token_ids(parsed, pieces),
@@ -149,6 +157,10 @@ class _Chunks(abc.ABC):
         self._no_usage = None if parsed.include_usage else UNSET
         self._num_tokens = 0  # told so far, of all choices
         self._unopened = set(range(len(fan.calls)))  # choices of which nothing was told
+        # Whether the events of a choice's tokens are alike but for the text.
+        form = parsed.form
+        self._is_plain = not (form.token_ids or form.usage_in_chunks or parsed.tool_parser)
+        self._frames: dict[int, Frame] = {}  # of choices
 
     def opening(self) -> Iterator[bytes]:
         return iter(())
@@ -161,6 +173,8 @@ class _Chunks(abc.ABC):
             return first + self._chunk(index, _NOTHING, _reason(what))
         self._num_tokens += len(what.token_ids)
         piece = self._begin(index, what) if index in self._unopened else what
+        if self._is_plain and piece.text and not piece.logprobs:
+            return self._frame(index).fill(piece.text)
         if piece.text or piece.logprobs or (self._wants_ids and piece.token_ids):
             return self._chunk(index, piece)
         return b""
@@ -174,6 +188,11 @@ class _Chunks(abc.ABC):
         self._unopened.discard(index)
         echo = _echo(self._parsed, self._fan, index)
         return Piece(echo + piece.text, piece.logprobs, piece.token_ids) if echo else piece
+
+    def _frame(self, index: int) -> Frame:
+        if (frame := self._frames.get(index)) is None:
+            frame = self._frames[index] = Frame(lambda text: self._chunk(index, Piece(text)))
+        return frame
 
     def _usage(self) -> openai.Usage | UnsetType | None:
         """Of a chunk before the last: nothing, or what is told so far where that is asked for."""
@@ -195,6 +214,11 @@ class _Chunks(abc.ABC):
 
 
 class _ChatChunks(_Chunks):
+    def __init__(self, parsed: Parsed, fan: Choices) -> None:
+        super().__init__(parsed, fan)
+        make = parsed.tool_parser
+        self._parsers = {index: make() for index in range(len(fan.calls))} if make else {}
+
     def opening(self) -> Iterator[bytes]:
         """Whose words they are, and where asked for what the model was given."""
         asked = self._parsed.form.token_ids
@@ -205,10 +229,36 @@ class _ChatChunks(_Chunks):
             yield self._event(choice, prompt_ids if index == 0 else UNSET)
 
     def _chunk(self, index: int, piece: Piece, reason: WireFinishReason | None = None) -> bytes:
-        delta = openai.Delta() if reason else openai.Delta(content=piece.text)
         told = logprobs.of_chat(piece.logprobs, self._by_id)
         ids = piece.token_ids if self._wants_ids and not reason else UNSET
+        if parser := self._parsers.get(index):
+            return self._calls(parser, index, piece.text, reason, told, ids)
+        delta = openai.Delta() if reason else openai.Delta(content=piece.text)
         return self._event(openai.ChatChunkChoice(delta, reason, index, told, ids))
+
+    def _calls(
+        self,
+        parser: ToolParser,
+        index: int,
+        text: str,
+        reason: WireFinishReason | None,
+        told: openai.ChatLogprobs | None,
+        ids: Sequence[int] | UnsetType,
+    ) -> bytes:
+        """The events of text in which there may be calls of tools: any number.
+
+        What is told of tokens goes with the first one, or alone where the text is held back.
+        """
+        deltas = [delta_of(event) for event in (parser.finish() if reason else parser.push(text))]
+        if reason or (not deltas and (told or ids is not UNSET)):
+            deltas.append(openai.Delta())
+        if reason == "stop" and parser.num_calls:
+            reason = "tool_calls"
+        choices = [openai.ChatChunkChoice(delta, index=index) for delta in deltas]
+        if choices:
+            choices[0].logprobs, choices[0].token_ids = told, ids
+            choices[-1].finish_reason = reason
+        return b"".join(self._event(choice) for choice in choices)
 
     def _event(
         self, choice: openai.ChatChunkChoice, prompt_ids: Sequence[int] | UnsetType = UNSET

@@ -84,8 +84,9 @@ class Guard:
         """The key that the request came with. Raises ApiError (401, 403)."""
         if not self._keyring.required:
             return None
-        header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        record = self._keyring.check(header.decode("latin-1"))
+        # Several headers are one list, as everywhere in HTTP, and so no key at all.
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        record = self._keyring.check(b", ".join(given).decode("latin-1"))
         if role == "admin" and record.role != "admin":
             raise refusals.insufficient_role(record, role, str(scope["method"]), scope["path"])
         return record

@@ -54,7 +54,7 @@ class Keyring:
         if not key:
             raise refusals.missing_api_key()
         record = self._mirror.values.get(keys.key_id(key))
-        if record is None or not keys.is_right(key, record):
+        if not keys.is_right(key, record) or record is None:
             raise refusals.invalid_api_key()
         return _usable(record)
 

@@ -15,10 +15,11 @@ not start again from 1 when the server restarts.
 from typing import Any
 
 from schemas import names
-from services.bus.connection import Bus, JetStreamError
+from services.bus.connection import Bus, BusError, JetStreamError
 
 NS = 10**9  # JetStream durations are nanoseconds
 _STREAM_NAME_IN_USE = 10058
+_SUBJECTS_OVERLAP = 10065
 
 MAX_QUEUED_PER_MODEL = 1000
 MAX_BATCH_QUEUED_PER_MODEL = 10_000  # batches feed a few at a time; this is for what others may do
@@ -147,5 +148,11 @@ async def _assert(bus: Bus, config: dict[str, Any]) -> None:
     except JetStreamError as error:
         # In use with another config: somebody tuned it by hand, or another service
         # has another limit. It exists, which is all we need.
+        if error.code == _SUBJECTS_OVERLAP:
+            raise BusError(
+                f"{config['name']} can not be made: another stream has its subjects, most "
+                f"likely {names.STREAM_REQUESTS} of an earlier version. It is in memory "
+                "only: restart nats-server, or delete it (nats stream rm)"
+            ) from error
         if error.code != _STREAM_NAME_IN_USE:
             raise

@@ -82,6 +82,7 @@ class Worker:
             options,
             interrupted=self._is_interrupted,
             on_swap_in_over=lambda: self._background.post(self._engine.poll),
+            on_ready=lambda: self._background.post(list),  # wakes the loop up, for a step
         )
         self._is_open = True
         self._send([ready])

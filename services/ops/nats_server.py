@@ -85,8 +85,6 @@ def write_config(
     Passwords of an earlier run are kept, so that whoever holds a credentials file can go on
     using it. Everything is readable by the owner only. With ``tls`` nobody gets in without it.
     """
-    if tls:
-        tls.check()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     url = f"{'tls' if tls else 'nats'}://{advertised_host or host}:{port}"
     files = {user: folder / f"{user}.json" for user in USERS}

@@ -78,6 +78,8 @@ async def start(
 def _write_nats_config(settings: Settings) -> nats_server.NatsPlan:
     nats = settings.nats
     tls = nats_server.ServerTls(nats.tls_cert, nats.tls_key, nats.tls_ca) if nats.tls_cert else None
+    if tls:
+        tls.check()
     try:
         return nats_server.write_config(
             settings.state_path / "nats",

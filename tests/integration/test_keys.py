@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -154,6 +155,19 @@ async def test_the_official_client_gets_its_own_errors(keyed: Stack) -> None:
     with pytest.raises(openai.AuthenticationError) as caught:
         await keyed.openai.with_options(api_key="wrong").models.list()
     assert caught.value.code == "invalid_api_key"
+
+
+async def test_nobody_comes_in_with_two_keys(keyed: Stack) -> None:
+    """Or the one that is checked and the one that is charged could be different ones."""
+    key, record = make("ada")
+    await write(keyed.nats, record)
+    await until_status(keyed, key, 200)
+    for pair in ((ADMIN, key), (key, ADMIN)):
+        request = httpx.Request("GET", f"{keyed.http.base_url}/v1/models")
+        request.headers = httpx.Headers([("Authorization", f"Bearer {one}") for one in pair])
+        request.headers["Host"] = "x"
+        answer = await keyed.http.send(request)
+        assert (answer.status_code, error_of(answer)["code"]) == (401, "invalid_api_key")
 
 
 async def test_what_needs_no_key(keyed: Stack) -> None:

@@ -337,11 +337,16 @@ def head(key: str, length: int) -> bytes:
         (head(USER, 1000) + b'{"model"', 408, ("request_timeout", "8 bytes", "read_timeout_s")),
         (b"POST /v1/completions HTTP/1.1\r\nHost:", 408, ("request_timeout", "headers")),
         (b"GET / HTTP/1.1\r\nX: " + b"x" * 70_000, 431, ("headers_too_large", "65536")),
+        (
+            b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /v1/mod",
+            200,
+            ("request_timeout", "408 Request Timeout"),
+        ),
         (b"nonsense\r\n\r\n", 400, ("invalid_http", "no valid HTTP")),
         (b"GET / HTTP/1.1\r\nHost: a/b\r\nConnection: close\r\n\r\n", 401, ("missing_api_key",)),
         (b"", 0, ()),  # it never says a word, and is closed without one
     ],
-    ids=["body", "head", "endless head", "no HTTP", "strange host", "silence"],
+    ids=["body", "head", "endless head", "second head", "no HTTP", "strange host", "silence"],
 )
 async def test_what_comes_late_or_not_at_all(
     guarded: Stack, sent: bytes, status: int, says: tuple[str, ...]

@@ -11,12 +11,14 @@ import httpx
 import msgspec
 import pytest
 import trustme
+from click.testing import CliRunner
 
 from services.api import service
 from services.api.service import ApiStartError
-from services.bus import Bus, BusError, BusUnavailable
+from services.bus import Bus, BusError, BusOptions, BusUnavailable
+from services.cli import cli
 from services.ops import stack as whole
-from services.ops.nats_server import NatsServerError, ServerTls, free_port, write_config
+from services.ops.nats_server import NatsServerError, ServerTls, free_port
 from services.ops.supervisor import Supervisor
 from services.settings import ApiSettings, NatsSettings, Settings, dump
 from tests.integration.api_stack import MODEL, running_stack
@@ -91,8 +93,9 @@ async def test_files_that_can_not_be_used_are_named(
     with pytest.raises(ApiStartError) as caught:
         await service.run(Settings(api=api), options, stop=asyncio.Event())
     said = [str(caught.value)]
+    nats = NatsSettings(tls_cert=files.cert, tls_key=files.key)
     with pytest.raises(NatsServerError) as of_nats:
-        write_config(tmp_path / "new", tls=files.server)
+        whole._write_nats_config(Settings(state_dir=str(tmp_path / "new"), nats=nats))
     said.append(str(of_nats.value))
     for words in said:
         assert f"tls_cert = {files.cert!r}, tls_key = {files.key!r}" in words
@@ -174,3 +177,21 @@ async def test_up_listens_beyond_loopback_with_tls_only(
         await supervisor.stop()
     text = (tmp_path / "state" / "nats" / "nats-server.conf").read_text()
     assert f'http: "127.0.0.1:{nats.http_port}"' in text
+
+
+def test_nats_config_writes_tls_for_a_server_elsewhere(tmp_path: Path) -> None:
+    """Its files are where that server is, and need not be here."""
+    out = tmp_path / "out"
+    run = CliRunner().invoke
+    pem = ["--tls-cert", "/etc/nats/c.pem", "--tls-key", "/etc/nats/k.pem", "--tls-ca", "/etc/ca"]
+    done = run(cli, ["nats-config", "--out", str(out), *pem])
+    assert (done.exit_code, done.stderr) == (0, "")
+    text = (out / "nats-server.conf").read_text()
+    assert 'cert_file: "/etc/nats/c.pem"' in text
+    options = BusOptions.read(out / "api.json")
+    assert (options.url, options.tls_ca) == ("tls://nats:4222", "/etc/ca")
+    done = run(cli, ["nats-config", "--out", str(out)])
+    assert "no TLS" in done.stderr
+    assert "tls {" not in (out / "nats-server.conf").read_text()
+    done = run(cli, ["nats-config", "--out", str(out), "--tls-cert", "c"])
+    assert (done.exit_code, "give both, or neither" in done.output) == (2, True)

@@ -4,8 +4,8 @@ import msgspec
 
 from schemas.commands import Command, SwapIn, SwapOut
 from schemas.events import RequestStarted
-from services.scheduler.inputs import Demand, QueueDepths
-from tests.unit.decide_story import EPOCH, GPU, Story, on, running
+from services.scheduler.inputs import Demand, DeploymentAdded, QueueDepths
+from tests.unit.decide_story import EPOCH, GPU, Story, on, running, spec
 
 WINDOW_S = 24 * 3600.0
 PUT_BACK_S = 0.75 * WINDOW_S
@@ -88,6 +88,15 @@ def test_preempted_batch_requests_come_back_when_nobody_wants_the_memory() -> No
     assert story.tick(after=5.0) == [SwapOut(GPU, "b", EPOCH, 3, "")]
 
 
+def test_a_new_leader_takes_suspended_batch_requests_for_what_they_are() -> None:
+    suspended = msgspec.structs.replace(on("a", "host", 60, in_flight=1), batch_in_flight=1)
+    story = running(suspended, on("b", "resident", 60, in_flight=1))
+    for _ in range(10):
+        assert story.tick(after=100.0) == []
+    [back] = story.status(suspended, on("b", "resident", 60))  # b is idle, and has been for long
+    assert (type(back), back.model) == (SwapOut, "b")
+
+
 def test_one_interactive_request_among_them_and_it_does_not_give_way() -> None:
     story = works_off("a")
     story.demand("r1", "a")
@@ -108,6 +117,23 @@ def test_interactive_requests_go_first_whoever_came_first() -> None:
     story.status(on("a", "host", 60), on("b", "host", 60), on("c", "host", 60))
     swaps = [one for one in story.commands if isinstance(one, SwapIn)]
     assert [(one.model, one.request_id) for one in swaps] == [("c", "r1")]
+
+
+def test_priorities_are_among_those_who_wait_for_answers() -> None:
+    """A batch for a model of high priority comes after interactive requests of low priority."""
+    story = running(on("a", "resident", 90), on("b", "host", 60), on("c", "host", 60))
+    story.tell(DeploymentAdded(msgspec.structs.replace(spec("b"), priority=9)))
+    story.demand("r0", "a")
+    story.started("r0", "a")
+    batch(story, "j1", "b", window_s=100.0)
+    story.demand("r1", "c")
+    assert order_of(story, story.now) == ["c", "b"]
+    assert order_of(story, story.now + 60.0) == ["c", "b"]
+    assert order_of(story, story.now + 90.0) == ["b", "c"]  # among those who waited very long
+
+
+def order_of(story: Story, now: float) -> list[str]:
+    return [turn.model for turn in story.state.line.in_order(now, 3.0, 10)]
 
 
 def test_of_one_model_the_interactive_request_decides_when_it_comes_in() -> None:

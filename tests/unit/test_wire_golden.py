@@ -70,6 +70,7 @@ FACTS = state.ModelFacts(
     max_batch=16,
     runner="embed",
     dimensions=1024,
+    tool_format="hermes",
 )
 TRACE = state.SwapTrace(
     started_at=1767225600.25,
@@ -125,6 +126,11 @@ SAMPLING = requests.SamplingParams(
     cache_salt="pinch",
     tell_prompt_ids=True,
     tell_prompt_text=True,
+    grammar=requests.Grammar(
+        kind="json_schema",
+        text='{"type":"object"}',
+        field="response_format.json_schema.schema",
+    ),
 )
 TOKEN = stream.TokenLogprob(token_id=11, logprob=-0.5, text="\\xe2", raw=b"\xe2")
 TOLD = stream.TokenLogprobs(chosen=TOKEN, offset=21, top=(TOKEN,))
@@ -242,7 +248,23 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     state.LeaseRecord(holder="scheduler-1", epoch=5),
     _generate(
         requests.ChatPrompt(
-            messages=(requests.ChatMessage(role="user", content="Grüße", name="ada"),),
+            messages=(
+                requests.ChatMessage(
+                    role="user",
+                    content="Grüße",
+                    name="ada",
+                    tool_calls=(requests.ToolCall(id="call_1", name="f", arguments="{}"),),
+                    tool_call_id="call_0",
+                ),
+            ),
+            tools=(
+                requests.Tool(
+                    name="f",
+                    description="does it",
+                    parameters={"type": "object", "properties": {}},
+                    strict=True,
+                ),
+            ),
             add_generation_prompt=False,
             continue_final_message=True,
             add_special_tokens=True,
@@ -461,6 +483,13 @@ def test_requests_and_events_of_those_who_know_no_tenants_still_decode() -> None
         del fields["tenant"]
         old = msgspec.json.decode(json.dumps(fields), type=type(example))
         assert old == msgspec.structs.replace(example, tenant="")
+
+
+def test_requests_without_grammar_and_tools_do_not_grow() -> None:
+    plain = requests.SamplingParams(seed=1)
+    assert msgspec.json.encode(plain) == b'{"seed":1}'
+    prompt = requests.ChatPrompt((requests.ChatMessage("user", "x"),))
+    assert set(json.loads(msgspec.json.encode(prompt))) == {"type", "messages"}
 
 
 @pytest.mark.parametrize("cls", _structs(), ids=lambda cls: cls.__name__)

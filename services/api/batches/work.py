@@ -27,7 +27,17 @@ from services.api.batches.lines import Line
 from services.api.batches.queued import Queued, Run
 from services.api.catalog import Catalog
 from services.api.errors import ApiError
-from services.bus import Bus, BusError, QueueFull, WorkQueue, history
+from services.api.parsing import Parsed
+from services.api.tool_answers import with_tools
+from services.bus import (
+    Bus,
+    BusError,
+    BusUnavailable,
+    JetStreamError,
+    QueueFull,
+    WorkQueue,
+    history,
+)
 from services.bus.connection import Hook, RawMessage
 
 log = logging.getLogger(__name__)
@@ -179,18 +189,23 @@ class Work:
         self._wait_for(line.number, attempt)
         try:
             await self._queue.enqueue(request)
-        except BusError as error:
+        except (QueueFull, BusUnavailable, JetStreamError) as error:
             # It may be in the queue all the same: then the queue drops the second one.
             self._runs[line.number] = attempt - 1
             self._wait_no_more(line.number)
             if not isinstance(error, QueueFull):
                 log.warning("request %s is not queued yet: %s", run.request_id, error)
             return line.number in self._done
+        except BusError as error:  # it never fits
+            self._settle_error(line, ApiError(413, "request_too_large", f"{error}."))
         return True
 
     def _parse(self, line: Line) -> answers.Ask:
         what = (self._record.endpoint, line, self._record.batch)
-        return answers.parse(*what, self._catalog.prepare)
+        ask = answers.parse(*what, self._catalog.prepare)
+        if isinstance(ask, Parsed):
+            return with_tools(ask, self._catalog, self._deployment_of(ask.model))
+        return ask
 
     def _deployment_of(self, model: str) -> str:
         """Of a name or an alias; as it is where nobody knows it any more."""
