@@ -23,10 +23,10 @@ from schemas.state import (
     ToolFormat,
 )
 from services.api import errors, presets
-from services.api.deployment_settings import nearest
 from services.api.fields import Endpoint
 from services.api.mirror import Mirror
 from services.api.openai import HotswapInfo, Model
+from services.api.places import nearest
 from services.api.refusals import model_not_allowed
 from services.api.waits import RetryAfter, unknown
 from services.bus import Bus

@@ -4,8 +4,7 @@ Settings are those of ``[models.NAME]`` in hotswap.toml, with the same names, ch
 """
 
 import re
-from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import msgspec
 
@@ -13,6 +12,7 @@ from schemas.state import DeploymentRecord, ModelFacts, ModelSpec, ReplicaState
 from services import settings
 from services.api import presets
 from services.api.errors import invalid
+from services.api.places import nearest
 from services.settings import ModelSettings, SettingsError
 
 
@@ -51,25 +51,6 @@ class ActionResult(msgspec.Struct):
     outcome: Literal["done", "accepted"]
     reason: str
     deployment: DeploymentInfo | None  # None: it is gone
-
-
-# Which replica would answer first.
-_NEAREST: tuple[ReplicaState, ...] = (
-    "resident",
-    "swapping_in",
-    "host",
-    "draining",
-    "swapping_out",
-    "loading",
-    "cold",
-    "failed",
-)
-assert set(_NEAREST) == set(get_args(ReplicaState))
-
-
-def nearest(gpus: Mapping[str, ReplicaState]) -> ReplicaState:
-    """The state of the replica that would answer first."""
-    return min(gpus.values(), key=_NEAREST.index, default="cold")
 
 
 def describe(record: DeploymentRecord, gpus: dict[str, ReplicaState]) -> DeploymentInfo:

@@ -28,7 +28,7 @@ from schemas import names
 from schemas.events import LoadProgressed
 from schemas.state import ReplicaState
 from services.api.call import Call
-from services.api.deployment_settings import nearest
+from services.api.places import nearest
 from services.api.waits import Waits
 from services.bus import Bus, Message
 from services.bus.connection import Hook

@@ -9,7 +9,7 @@ from schemas.events import (
     SwapOutCompleted,
 )
 from schemas.state import ModelSpec
-from schemas.stream import Failed, Finished, Tokens
+from schemas.stream import Failed, Finished, Started, Tokens
 from tests.integration.agent_kit import GPU, Agent, ends
 
 
@@ -48,9 +48,10 @@ async def test_suspended_requests_go_back_to_the_queue_and_are_answered_anew(age
     await agent.events.until(ModelUnloaded)
     assert ends(chunks) == []
     await agent.bring_in("m")
-    await chunks.until_true(lambda: len(chunks.all(Tokens)) == 2, "its first token once more")
+    await chunks.until(Started, attempt=2)
     agent.release()
     await chunks.until(Finished)
+    await agent.ended()
     assert len(agent.events.all(RequestEnded)) == 1
 
 
@@ -65,6 +66,7 @@ async def test_suspended_requests_end_where_that_is_said(agent: Agent) -> None:
     assert (failed.code, failed.message) == ("model_unavailable", "its deployment was removed")
     await agent.events.until(ModelUnloaded)
     await agent.queue_is_empty()
+    await agent.ended()
     assert len(agent.events.all(RequestEnded)) == 1
 
 
@@ -78,6 +80,7 @@ async def test_running_requests_end_at_once_where_that_is_said(agent: Agent) -> 
         assert (await chunks.until(Failed)).message == "gone"
     await agent.events.until(SwapOutCompleted, generation=98, num_suspended=0)
     await agent.queue_is_empty()
+    await agent.ended(2)
     assert len(agent.events.all(RequestEnded)) == 2
 
 

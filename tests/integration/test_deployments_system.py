@@ -54,7 +54,8 @@ class Admin:
         """`hotswap model`, as an operator runs it."""
         config = str(self.system.config_file)
         command = [sys.executable, "-m", "services.cli", "model", "--config", config, *arguments]
-        subprocess.run(command, check=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
 
     def gpus(self, name: str) -> dict[str, str]:
         status, info, _ = self.call("GET", f"/{name}")
