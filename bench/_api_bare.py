@@ -14,6 +14,7 @@ from typing import Any
 import uvloop
 
 from services.api.service import Server, listen
+from services.settings import ApiSettings
 
 _START = {
     "type": "http.response.start",
@@ -50,7 +51,7 @@ async def _main(events: bytes) -> None:
     print(listener.getsockname()[1], flush=True)
     whole = events.split(b"\n\n")[:-1]
     app = Bare([event + b"\n\n" for event in whole])
-    await Server(app).serve(sockets=[listener])
+    await Server(app, ApiSettings()).serve(sockets=[listener])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,18 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import msgspec
 
-from schemas import admin, commands, events, names, requests, state, stream
+from schemas import (
+    admin,
+    batches,
+    commands,
+    events,
+    keys,
+    names,
+    requests,
+    state,
+    stream,
+    tokenize,
+)
 
 Json: TypeAlias = dict[str, Any]
 MessageType: TypeAlias = type[msgspec.Struct]
@@ -36,6 +47,9 @@ _PARAMETERS: dict[str, Json] = {
     "model": {"description": "Model name; every byte outside [A-Za-z0-9_-] is written =HH."},
     "gpu": {"description": "GPU name, escaped like a model name."},
     "action": {"description": "What is wanted: the last part of the message's `type`."},
+    "batch": {"description": "The batch's id."},
+    "line": {"description": "Number of a line of its input file, from 1."},
+    "file": {"description": "The file's id."},
     "kind": {"description": "What happened: the last part of the message's `type`."},
 }
 
@@ -75,7 +89,8 @@ CHANNELS = (
     Channel(
         "requests",
         _template(names.request_subject("batch", "MODEL").replace("batch", "CLASS")),
-        f"Work queue of a model (stream {names.STREAM_REQUESTS}). Agents that hold the model pull "
+        f"Work queue of a model (stream {names.STREAM_REQUESTS}, in memory; of class batch "
+        f"{names.STREAM_BATCH}, in files). Agents that hold the model pull "
         "as many as their batch has free slots; the message is acknowledged when its request ends.",
         get_args(requests.Request),
     ),
@@ -107,6 +122,13 @@ CHANNELS = (
         (stream.ResumeFrom,),
     ),
     Channel(
+        "results",
+        _template(names.result_subject("BATCH", "LINE")),
+        f"The `reply_to` of requests of class batch, kept in stream {names.STREAM_RESULTS} until "
+        "their batch has ended. The tokens of an answer come as one.",
+        get_args(stream.Chunk),
+    ),
+    Channel(
         "commands",
         _template(names.command_subject("GPU")),
         "Core NATS. Idempotent; answered by events that echo the `generation`.",
@@ -118,6 +140,19 @@ CHANNELS = (
         "Core NATS. Answered by a ModelVerified or VerificationFailed event, if the agent holds "
         "the model's weights.",
         (requests.VerifyRequest,),
+    ),
+    Channel(
+        "tokenize",
+        _template(names.tokenize_subject("MODEL")),
+        "Core NATS, request and reply. One of the agents that have registered the model answers, "
+        "wherever its weights are.",
+        get_args(tokenize.TokenizeAsk),
+    ),
+    Channel(
+        "tokenized",
+        None,
+        "Core NATS. The one answer to a message on `tokenize`, on its reply subject.",
+        get_args(tokenize.TokenizeAnswer),
     ),
     Channel(
         "status",
@@ -161,25 +196,48 @@ CHANNELS = (
     _bucket(names.BUCKET_RESIDENCY, "<gpu>.<model>: what is", state.ResidencyRecord),
     _bucket(
         names.BUCKET_LEASES,
-        f"{names.LEADER_KEY} and {_template(names.agent_lease_key('GPU'))}: who leads, who lives. "
+        f"{names.LEADER_KEY}, {names.BATCHES_KEY} and {_template(names.agent_lease_key('GPU'))}: "
+        "who leads, who lives. "
         "An entry expires unless its holder renews it",
         state.LeaseRecord,
     ),
+    _bucket(
+        names.BUCKET_FILES,
+        f"<file>: what was uploaded, or written by batches; the bytes are on "
+        f"{_template(names.file_subject('FILE'))} (stream {names.STREAM_FILES}), in chunks",
+        batches.FileRecord,
+    ),
+    _bucket(names.BUCKET_BATCHES, "<batch>: what became of it", batches.BatchRecord),
+    _bucket(names.BUCKET_KEYS, "<id>: API keys, each as a hash and what it may do", keys.KeyRecord),
 )
 
 OPERATIONS = (
     Operation("admin", "send", "verify", "Check a model's weights on demand."),
+    Operation("admin", "send", "keys", "Make, change and withdraw API keys: `hotswap keys`."),
     Operation("api", "send", "requests", "Queue a request for its model."),
     Operation("api", "receive", "reply", "Relay the answer to the HTTP client."),
     Operation("api", "send", "resume", "Say what is known of the answer."),
     Operation("api", "send", "cancel", "Give up a request: the client left or nobody waits."),
+    Operation("api", "send", "tokenize", "Ask for a text's tokens, or the text of tokens."),
+    Operation("api", "receive", "tokenized", "Answer the HTTP client."),
     Operation("api", "send", "events", "Report requests taken back.", (events.RequestWithdrawn,)),
+    Operation(
+        "api", "receive", "events", "Tell streams how far a load is.", (events.LoadProgressed,)
+    ),
     Operation("api", "send", "admin", "Ask for changes of deployments."),
     Operation("api", "receive", "admin_reply", "Learn what became of it."),
+    Operation("api", "receive", "results", "Collect what batches were answered."),
+    Operation("api", "send", "files", "Record files."),
+    Operation("api", "receive", "files", "Show files."),
+    Operation("api", "send", "batches", "Record what became of batches."),
+    Operation("api", "receive", "batches", "Show batches, and go on with them."),
+    Operation("api", "send", "leases", "Hold the lease of whoever drives batches."),
     Operation("api", "receive", "models", "Know which models exist."),
     Operation("api", "receive", "residency", "Show each model's state."),
     Operation("api", "receive", "leases", "Know whether a leader and agents are there."),
     Operation("api", "receive", "waits", "Tell clients when to try again."),
+    Operation("api", "receive", "keys", "Know whose request it is, and what that key may do."),
+    Operation("api", "send", "keys", "Make, change and withdraw API keys: /v1/keys."),
     Operation("scheduler", "send", "waits", "Tell how long models are waited for."),
     Operation("scheduler", "receive", "demand", "See that a model is wanted."),
     Operation("scheduler", "send", "commands", "Load, swap in and swap out replicas."),
@@ -189,8 +247,8 @@ OPERATIONS = (
         "scheduler",
         "send",
         "events",
-        "Report a change of leader, of deployments, models that nobody can serve, and what was "
-        "decided and why.",
+        "Report changes of leader and deployments, models that nobody can serve, and decisions "
+        "with their reasons.",
         get_args(events.SchedulerEvent),
     ),
     Operation("scheduler", "receive", "admin", "Change deployments, and what is where."),
@@ -204,9 +262,12 @@ OPERATIONS = (
     Operation("agent", "receive", "requests", "Pull requests for resident models."),
     Operation("agent", "send", "reply", "Stream the answer."),
     Operation("agent", "receive", "resume", "Go on behind the tokens that the api has."),
+    Operation("agent", "send", "results", "Answer a request of class batch."),
     Operation("agent", "receive", "cancel", "Stop a running request."),
     Operation("agent", "receive", "commands", "Carry out the leader's commands."),
     Operation("agent", "receive", "verify", "Check a model's weights."),
+    Operation("agent", "receive", "tokenize", "Ask the model's tokenizer."),
+    Operation("agent", "send", "tokenized", "Say what it said."),
     Operation("agent", "send", "status", "Report memory and replicas."),
     Operation("agent", "send", "events", "Report what it did.", get_args(events.AgentEvent)),
     Operation("agent", "send", "residency", "Record what is."),
@@ -314,7 +375,7 @@ def _headers(msg_id: str) -> Json:
             "traceparent": {"type": "string", "description": "W3C trace context."},
             names.HEADER_TENANT: {
                 "type": "string",
-                "description": "Who the request is for: a hash of the client's API key.",
+                "description": "Who the request is for: the id of the client's API key.",
             },
         },
         "required": ["Nats-Msg-Id"],

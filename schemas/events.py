@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias, get_args
 import msgspec
 
 from schemas.decisions import Candidate, DecisionAction, Urgency, Victim
+from schemas.names import RequestClass
 from schemas.state import ModelFacts, SwapTrace
 from schemas.stream import ErrorCode, RequestTiming
 
@@ -175,6 +176,7 @@ class RequestStarted(msgspec.Struct, frozen=True, tag="hotswap.request.v1.starte
     attempt: int
     queue_wait_s: float
     tenant: str = ""
+    klass: RequestClass = "interactive"
 
 
 class RequestEnded(msgspec.Struct, frozen=True, tag="hotswap.request.v1.ended"):
@@ -191,6 +193,7 @@ class RequestEnded(msgspec.Struct, frozen=True, tag="hotswap.request.v1.ended"):
     error: ErrorCode | None = None
     tenant: str = ""
     prefix_tokens: int = 0  # of completion_tokens, those that an earlier attempt computed
+    klass: RequestClass = "interactive"
 
 
 class RequestWithdrawn(msgspec.Struct, frozen=True, tag="hotswap.request.v1.withdrawn"):

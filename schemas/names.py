@@ -14,14 +14,23 @@ PREFIX = "hs.v1"
 NO_TOKEN = "-"  # fills a subject token that does not apply, so that positions never move
 
 STREAM_REQUESTS = "HS_REQUESTS"
+STREAM_BATCH = "HS_BATCH"  # requests of class "batch"
+STREAM_RESULTS = "HS_RESULTS"  # what is answered to these
+STREAM_FILES = "HS_FILE_DATA"
 STREAM_EVENTS = "HS_EVENTS"
 BUCKET_DEPLOYMENTS = "HS_DEPLOYMENTS"
 BUCKET_MODELS = "HS_MODELS"
 BUCKET_PLACEMENT = "HS_PLACEMENT"
 BUCKET_RESIDENCY = "HS_RESIDENCY"
 BUCKET_LEASES = "HS_LEASES"
+BUCKET_FILES = "HS_FILES"
+BUCKET_BATCHES = "HS_BATCHES"
+BUCKET_KEYS = "HS_KEYS"
 
 LEADER_KEY = "scheduler.leader"
+BATCHES_KEY = "batches.leader"
+
+TOKENIZE_GROUP = "tokenizers"  # one of its members answers
 
 HEADER_TENANT = "Hotswap-Tenant"  # of queued requests, and so of demand; left out where it is ""
 
@@ -34,6 +43,11 @@ def escape(name: str) -> str:
     if not name:
         raise ValueError("an empty name can not be a subject token")
     return "".join(chr(b) if b in _SAFE else f"={b:02X}" for b in name.encode())
+
+
+def is_key(text: str) -> bool:
+    """Whether ``text`` may stand as it is where a name is escaped."""
+    return bool(text) and _SAFE.issuperset(text.encode())
 
 
 def unescape(token: str) -> str:
@@ -55,6 +69,20 @@ def unescape(token: str) -> str:
 
 def request_subject(klass: RequestClass, model: str) -> str:
     return f"{PREFIX}.requests.{klass}.{escape(model)}"
+
+
+def request_stream(klass: RequestClass) -> str:
+    """The stream that requests of this class wait in."""
+    return STREAM_BATCH if klass == "batch" else STREAM_REQUESTS
+
+
+def result_subject(batch: str = "*", line: int | str = "*") -> str:
+    """Where the request made of one line of a batch is answered: kept by HS_RESULTS."""
+    return f"{PREFIX}.results.{batch}.{line}"
+
+
+def file_subject(file: str) -> str:
+    return f"{PREFIX}.files.{file}"
 
 
 def demand_subject(klass: str = "*", model: str | None = None) -> str:
@@ -100,6 +128,10 @@ def admin_subject(action: str = "*", model: str | None = None) -> str:
 
 def wait_subject(model: str | None = None) -> str:
     return f"{PREFIX}.waits.{escape(model) if model else '*'}"
+
+
+def tokenize_subject(model: str | None = None) -> str:
+    return f"{PREFIX}.tokenize.{escape(model) if model else '*'}"
 
 
 def consumer_name(model: str) -> str:

@@ -3,7 +3,7 @@
 The request carries its own reply subject: tokens come back there over core NATS, while
 the queue's acknowledgement stays between the agent and JetStream.
 
-``tenant``: who it is for, as a hash of the client's API key; "" where it gave none. The key itself
+``tenant``: who it is for, as the id of the client's API key; "" where it gave none. The key itself
 never leaves the api.
 """
 
@@ -14,10 +14,31 @@ import msgspec
 from schemas.names import RequestClass
 
 
+class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A call that the assistant made earlier in the chat. ``arguments``: JSON text of an object."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class Tool(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A function that the model may call. ``parameters``: JSON schema of its arguments, an object;
+    None: it takes none. ``strict``: arguments must follow the schema, also where the model chooses.
+    """
+
+    name: str
+    description: str = ""
+    parameters: dict[str, Any] | None = None
+    strict: bool = False
+
+
 class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     role: str
     content: str
     name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None  # of the call that a message of role "tool" answers
 
 
 class ChatPrompt(msgspec.Struct, frozen=True, omit_defaults=True, tag="chat"):
@@ -28,6 +49,7 @@ class ChatPrompt(msgspec.Struct, frozen=True, omit_defaults=True, tag="chat"):
     """
 
     messages: tuple[ChatMessage, ...]
+    tools: tuple[Tool, ...] = ()
     add_generation_prompt: bool = True
     continue_final_message: bool = False  # the last message is left open, and the model goes on
     add_special_tokens: bool = False  # besides those that the template writes
@@ -48,6 +70,30 @@ class TokenPrompt(msgspec.Struct, frozen=True, tag="tokens"):
 Prompt: TypeAlias = ChatPrompt | TextPrompt | TokenPrompt
 # Plain values, so that a queued request is no longer than the HTTP body it came in.
 EmbedInput: TypeAlias = str | tuple[int, ...]  # text, or token ids
+
+
+GrammarKind: TypeAlias = Literal[
+    "json_schema",
+    "json_object",  # any; the text is ""
+    "regex",
+    "choice",  # one of a JSON array of strings
+    "grammar",  # GBNF (EBNF), or Lark as llguidance knows it
+    # Calls of the prompt's tools, in the model's own form. Text: a JSON array of their names.
+    "tool_call",  # exactly one
+    "tool_calls",  # one or more
+    "text_or_tool_calls",  # as the model likes; calls that it makes can be parsed
+]
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What the completion must be: tokens that lead elsewhere are never chosen.
+
+    ``field``: the request's field that asked for it, for error messages.
+    """
+
+    kind: GrammarKind
+    text: str
+    field: str
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -82,6 +128,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     cache_salt: str = ""  # KV is shared between requests of the same salt only
     tell_prompt_ids: bool = False  # with the first token
     tell_prompt_text: bool = False  # likewise
+    grammar: Grammar | None = None
 
 
 MAX_LOGPROBS: Final = 20

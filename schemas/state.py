@@ -11,6 +11,13 @@ ReplicaState: TypeAlias = Literal[
 DType: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 # What a model is for: it continues text, or turns text into vectors.
 Runner: TypeAlias = Literal["generate", "embed"]
+# How a model writes calls of tools, as its chat template shows; "": it knows no tools.
+#   hermes    <tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>, Qwen's too
+#   llama     {"name": ..., "parameters": {...}}; several with "; " between
+#   mistral   [TOOL_CALLS][{"name": ..., "arguments": {...}}]
+#   mistral2  [TOOL_CALLS]name[ARGS]{...}, once for each
+#   json      [{"name": ..., "arguments": {...}}]: the form is not known; this one is asked for
+ToolFormat: TypeAlias = Literal["", "hermes", "llama", "mistral", "mistral2", "json"]
 # What becomes of running requests when another model needs the memory: their KV is kept in host
 # memory, or computed anew from their tokens, or they are never interrupted.
 Preemption: TypeAlias = Literal["preserve", "recompute", "drain"]
@@ -80,6 +87,7 @@ class ModelFacts(msgspec.Struct, frozen=True):
     max_batch: int
     runner: Runner = "generate"
     dimensions: int = 0  # of an embedding; 0: it generates
+    tool_format: ToolFormat = ""
 
     @property
     def footprint_bytes(self) -> int:
@@ -155,6 +163,7 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
     reason: str = ""  # why it failed
     cached_bytes: int = 0  # of its weights, still on the device though swapped out
     settings: str = ""  # fingerprint of what it was registered with; empty: not told
+    batch_in_flight: int = 0  # of in_flight: those of class batch
 
 
 class AgentStatus(msgspec.Struct, frozen=True, tag="hotswap.agent.v1.status"):

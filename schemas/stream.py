@@ -26,6 +26,8 @@ StartKind: TypeAlias = Literal["warm", "switch", "cold"]
 ErrorCode: TypeAlias = Literal[
     "context_length_exceeded",
     "invalid_prompt",
+    "invalid_grammar",  # SamplingParams.grammar is not one, or too complex
+    "tools_not_supported",  # by the model's chat template
     "model_not_supported",  # it embeds and was asked to generate, or the reverse
     "model_unavailable",
     "engine_failed",

@@ -11,7 +11,9 @@ import click
 
 from services import settings, telemetry
 from services.bus import BusError, BusOptions
+from services.keys import FIRST_KEY_FILE
 from services.ops import model_command, nats_server, stack
+from services.ops.keys import KEY_COMMANDS
 from services.ops.supervisor import Supervisor, stop_on_signals
 from services.scheduler.simulate.command import simulate
 from services.scheduler.simulate.traces_command import traffic
@@ -57,6 +59,7 @@ def cli() -> None:
     hotswap explain MODEL    what the scheduler decided about a model, and why
     hotswap trace            where the time of a request went
     hotswap verify           check a model's weights in memory against what was loaded
+    hotswap keys             make, list and withdraw API keys
     hotswap simulate         traffic of a day on simulated GPUs; how many GPUs are needed
     hotswap traffic          public traces made into traffic for hotswap simulate
 
@@ -104,6 +107,7 @@ async def _up(config: Settings, config_file: Path) -> None:
                 f"  try    curl {endpoints.api_url}/v1/models\n"
                 f"  docs   {endpoints.api_url}/schema\n"
                 f"  bus    {endpoints.nats_url}, {endpoints.credential_files['admin']}\n"
+                f"{_about_keys(config)}"
             )
         else:
             ready.cancel()
@@ -111,6 +115,15 @@ async def _up(config: Settings, config_file: Path) -> None:
         click.echo("stopping ...")
     finally:
         await supervisor.stop()
+
+
+def _about_keys(config: Settings) -> str:
+    if not config.api.requires_keys:
+        return ""
+    first = config.state_path / FIRST_KEY_FILE
+    if not first.exists():
+        return "  keys   hotswap keys create NAME\n"
+    return f"  keys   Authorization: Bearer KEY; the first KEY is in {first}\n"
 
 
 @cli.command()
@@ -225,6 +238,27 @@ def trace(config_file: Path, trace_id: str | None, last: int) -> None:
     trace_view.show(config.state_path / "spans", trace_id, last)
 
 
+@cli.group()
+@config_option
+@bus_options
+@click.pass_context
+def keys(
+    context: click.Context, config_file: Path, nats_url: str | None, creds: Path | None
+) -> None:
+    """Make, list, change and withdraw API keys. Changes apply at once.
+
+    \b
+    hotswap keys create ada --model 'llama*' --requests-per-minute 60
+    hotswap keys create ops --admin
+    hotswap keys --config other.toml list
+    """
+    context.obj = lambda: _bus_options(_load(config_file), nats_url, creds, "admin")
+
+
+for command in KEY_COMMANDS:
+    keys.add_command(command)
+
+
 @cli.command()
 @config_option
 @bus_options
@@ -274,11 +308,30 @@ def agent(
 @click.option("--port", default=4222, show_default=True)
 @click.option("--http-port", default=8222, show_default=True, help="Monitoring port.")
 @click.option("--store", default="/data", show_default=True, help="JetStream's folder.")
-def nats_config(out: Path, listen: str, host: str, port: int, http_port: int, store: str) -> None:
+@click.option("--tls-cert", default="", help="The server's certificate: a PEM file, as it sees it.")
+@click.option("--tls-key", default="", help="Its key.")
+@click.option("--tls-ca", default="", help="What clients check it with. Default: the system's.")
+def nats_config(
+    out: Path,
+    listen: str,
+    host: str,
+    port: int,
+    http_port: int,
+    store: str,
+    tls_cert: str,
+    tls_key: str,
+    tls_ca: str,
+) -> None:
     """Write nats-server.conf and a credentials file per service into a folder.
 
-    For a NATS server of your own; `hotswap up` does this for its embedded one.
+    For a NATS server of your own; `hotswap up` does this for its embedded one. Without --tls-cert
+    and --tls-key passwords and prompts cross the network in the clear: only for one of its own.
     """
+    if bool(tls_cert) != bool(tls_key):
+        raise click.UsageError("--tls-cert and --tls-key: give both, or neither")
+    tls = nats_server.ServerTls(tls_cert, tls_key, tls_ca) if tls_cert else None
+    if not tls and not settings.is_loopback(listen):
+        click.echo("no TLS: let nobody else onto this server's network", err=True)
     plan = nats_server.write_config(
         out,
         host=listen,
@@ -286,6 +339,7 @@ def nats_config(out: Path, listen: str, host: str, port: int, http_port: int, st
         http_port=http_port,
         store_dir=Path(store),
         advertised_host=host,
+        tls=tls,
     )
     click.echo(f"wrote {plan.config_file} and {', '.join(f'{u}.json' for u in nats_server.USERS)}")
 
@@ -353,7 +407,7 @@ def _bus_options(
                 f"no NATS credentials: {file} does not exist. Is `hotswap up` running with this "
                 "configuration? Else give --nats URL --creds FILE"
             )
-    return BusOptions.read(file, url=nats_url or config.nats.url or None)
+    return BusOptions.read(file, nats_url or config.nats.url or None, config.nats.tls_ca)
 
 
 def _prepare(

@@ -6,6 +6,7 @@ shows every key with its default; a test keeps the two in step.
 """
 
 import difflib
+import ipaddress
 import math
 import os
 import re
@@ -21,6 +22,7 @@ import tomli_w
 from schemas.state import DType, ModelSpec, Preemption
 
 T = TypeVar("T")
+S = TypeVar("S", bound="_Section")
 
 UNSET_WORD = "unset"  # in overrides of a TOML file: takes the field out
 _MAX_NAME = 200  # characters in a model name
@@ -74,6 +76,20 @@ def _port(owner: object, key: str = "port") -> None:
         raise ValueError(f"{key} = {value} is not a port number (0-65535)")
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``. A name other than localhost: it may be more."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _tls_pair(owner: object) -> None:
+    cert, key = getattr(owner, "tls_cert"), getattr(owner, "tls_key")  # noqa: B009
+    if bool(cert) != bool(key):
+        raise ValueError(f"tls_cert = {cert!r} and tls_key = {key!r}: give both, or neither")
+
+
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pass
 
@@ -85,24 +101,58 @@ class ApiSettings(_Section, frozen=True):
     max_body_bytes: int = 4 * 2**20
     max_queued_per_model: int = 1000
     progress_after_s: float = 1.0  # a stream that waits longer tells of its wait; 0: never
+    max_file_bytes: int = 100 * 2**20  # of one that is uploaded for a batch
+    auth: Literal["auto", "on", "off"] = "auto"  # API keys; auto: off on loopback, else on
+    tls_cert: str = ""  # PEM files; both: HTTPS
+    tls_key: str = ""
+    max_prompt_chars: int = 2_000_000
+    max_open_requests: int = 2000
+    max_open_body_bytes: int = 512 * 2**20  # of all open requests together
+    max_connections: int = 4000
+    read_timeout_s: float = 30.0  # for a request's head, and for its body to begin
+    write_timeout_s: float = 30.0  # a client that takes nothing for so long is cut off
+    keep_alive_s: int = 75  # a connection without requests is closed then
 
     def __post_init__(self) -> None:
         _port(self)
         _positive(self, "request_timeout_s", "max_body_bytes", "max_queued_per_model")
         _not_negative(self, "progress_after_s")
+        _positive(self, "max_file_bytes")
+        _positive(self, "max_prompt_chars", "max_open_requests", "max_open_body_bytes")
+        _positive(self, "max_connections", "read_timeout_s", "write_timeout_s", "keep_alive_s")
+        _tls_pair(self)
+
+    @property
+    def requires_keys(self) -> bool:
+        return self.auth == "on" or (self.auth == "auto" and not is_loopback(self.host))
 
 
 class NatsSettings(_Section, frozen=True):
-    """Empty ``url``: an embedded server on loopback, with generated credentials."""
+    """Empty ``url``: an embedded server, on loopback by default, with generated credentials."""
 
     url: str = ""
     creds: str = ""  # JSON file with user, password and inbox_prefix
     port: int = 4222  # of the embedded server; another free one is taken if it is in use
     http_port: int = 8222
+    host: str = "127.0.0.1"  # where the embedded server listens; beyond loopback it needs TLS
+    advertised_host: str = ""  # a name in its certificate that services reach it by; empty: host
+    tls_cert: str = ""  # PEM files of the embedded server
+    tls_key: str = ""
+    tls_ca: str = (
+        ""  # PEM file that clients check the server's certificate with; empty: the system's
+    )
 
     def __post_init__(self) -> None:
         _port(self)
         _port(self, "http_port")
+        _tls_pair(self)
+        if not self.url and not is_loopback(self.host) and not self.tls_cert:
+            raise ValueError(
+                f"host = {self.host!r} is not loopback: the embedded NATS server needs tls_cert "
+                "and tls_key there (and tls_ca, unless the system knows who signed them)"
+            )
+        if self.url and self.tls_cert:
+            raise ValueError("tls_cert is of the embedded server, and url names another one")
         if self.url and not re.match(r"(nats|tls|ws|wss)://", self.url):
             raise ValueError(f"url = {self.url!r} must look like nats://host:4222")
 
@@ -330,8 +380,11 @@ def parse(raw: dict[str, Any], *, origin: str, folder: Path) -> Settings:
         model = _convert(_with_nulls(table), ModelSettings, origin, ("models", name))
         models[name] = msgspec.structs.replace(model, source=_resolve(model.source, folder))
     state_dir = str(folder / Path(settings.state_dir).expanduser())
+    api, nats = _tls_paths(settings.api, folder), _tls_paths(settings.nats, folder)
     try:
-        return msgspec.structs.replace(settings, models=models, state_dir=state_dir)
+        return msgspec.structs.replace(
+            settings, models=models, state_dir=state_dir, api=api, nats=nats
+        )
     except ValueError as error:  # a check across sections
         raise SettingsError(f"{origin}: {error}") from error
 
@@ -368,6 +421,13 @@ def dump(settings: Settings) -> str:
         overrides = model["overrides"]
         model["overrides"] = {k: UNSET_WORD if v is None else v for k, v in overrides.items()}
     return tomli_w.dumps(no_nulls(plain))
+
+
+def _tls_paths(section: S, folder: Path) -> S:
+    """The section with its files taken from ``folder``."""
+    given = {key: getattr(section, key, "") for key in ("tls_cert", "tls_key", "tls_ca")}
+    found = {key: str(folder / Path(file).expanduser()) for key, file in given.items() if file}
+    return msgspec.structs.replace(section, **found)
 
 
 def _resolve(source: str, folder: Path) -> str:

@@ -1,11 +1,12 @@
 """The routes. Parsing, waiting and answering are elsewhere; here they are put together."""
 
+from collections.abc import Callable
 from importlib import resources
 from importlib.metadata import version
 from typing import Annotated, Any
 
 import msgspec
-from litestar import Litestar, Request, Response, get, post
+from litestar import Litestar, Request, Response, Router, get, post
 from litestar.datastructures import State
 from litestar.exceptions import InternalServerException
 from litestar.params import Parameter
@@ -14,11 +15,17 @@ from opentelemetry import trace
 
 from schemas.requests import Prompt, SamplingParams
 from services.api import deployments, errors, openapi
+from services.api.batches.http import HANDLERS as BATCH_HANDLERS
+from services.api.batches.http import Store, create_file
 from services.api.call import Call
 from services.api.catalog import Catalog
 from services.api.embeddings import parse_embeddings, respond_embeddings
 from services.api.errors import ApiError
 from services.api.fan import open_fan
+from services.api.fields import ignored_header
+from services.api.guard import key_of
+from services.api.keyring import Keyring
+from services.api.keys_routes import KEY_ROUTES
 from services.api.openai import ModelList
 from services.api.parsing import Parsed, parse_chat, parse_completion
 from services.api.progress import Progress
@@ -26,6 +33,13 @@ from services.api.relay import Relay
 from services.api.respond import respond
 from services.api.tenants import tenant_of
 from services.api.timeouts import TIMEOUT_HEADER, timeout_of
+from services.api.tokenize import (
+    TokenQuestion,
+    ask_tokenizer,
+    parse_detokenize,
+    parse_tokenize,
+)
+from services.api.tool_answers import with_tools
 from services.api.tracing import Traced, request_id_of
 from services.bus import Bus
 from services.telemetry import ATTR_MODEL
@@ -34,7 +48,7 @@ HttpRequest = Request[Any, Any, State]
 
 # A queued request is its body without the fields that agents do not need, plus ids and a reply
 # subject; together with the headers these are well below this.
-_ENVELOPE_BYTES = 16 * 1024
+ENVELOPE_BYTES = 16 * 1024
 
 
 def build(
@@ -42,29 +56,40 @@ def build(
     catalog: Catalog,
     relay: Relay,
     progress: Progress,
+    store: Store,
+    keyring: Keyring,
     *,
     max_body_bytes: int,
     progress_after_s: float,
+    guard: Callable[[ASGIApp], ASGIApp],
 ) -> ASGIApp:
-    """The ASGI application over a connected bus, and what was started over it."""
+    """The ASGI application over a connected bus, and what was started over it.
+
+    ``guard``: what is put around it.
+    """
     app = Litestar(
         route_handlers=[
             chat_completions,
             completions,
             embeddings,
+            tokenize,
+            detokenize,
             list_models,
             get_model,
             *deployments.HANDLERS,
+            Router("/", route_handlers=[create_file], request_max_body_size=store.max_body_bytes),
+            *BATCH_HANDLERS,
             healthz,
             readyz,
             get_version,
             schema_page,
             openapi_json,
+            *KEY_ROUTES,
         ],
         exception_handlers=errors.EXCEPTION_HANDLERS,
         openapi_config=None,  # ours is made from the wire structs, see services.api.openapi
         logging_config=None,
-        request_max_body_size=min(max_body_bytes, bus.max_payload - _ENVELOPE_BYTES),
+        request_max_body_size=min(max_body_bytes, bus.max_payload - ENVELOPE_BYTES),
         state=State(
             {
                 "bus": bus,
@@ -72,10 +97,12 @@ def build(
                 "relay": relay,
                 "progress": progress,
                 "progress_after_s": progress_after_s,
+                "store": store,
+                "keyring": keyring,
             }
         ),
     )
-    return Traced(app)
+    return Traced(guard(app))
 
 
 # -- answers from models -------------------------------------------------------------------
@@ -102,13 +129,38 @@ async def embeddings(request: HttpRequest, state: State) -> ASGIApp:
     relay: Relay = state.relay
     parsed = parse_embeddings(await _body(request), catalog.prepare)
     trace.get_current_span().set_attribute(ATTR_MODEL, parsed.model)
-    deployment = catalog.require(parsed.model, "embed", parsed.dimensions or 0)
+    key = key_of(request.scope)
+    deployment = catalog.require(parsed.model, "embed", parsed.dimensions or 0, key=key)
     request_id = request_id_of(request.scope)
     tenant = tenant_of(request.headers.get("authorization"))
     what = (deployment, parsed.inputs, parsed.dimensions)
     timeout_s = timeout_of(request.headers.get(TIMEOUT_HEADER), parsed.timeout_s)
     call = await relay.open_embed(request_id, *what, tenant=tenant, timeout_s=timeout_s)
     return await respond_embeddings(parsed, call, relay, request.receive)
+
+
+@post(["/tokenize", "/v1/tokenize"], status_code=200)
+async def tokenize(request: HttpRequest, state: State) -> Response[bytes]:
+    """The tokens of a text or a chat, by the model's tokenizer."""
+    asked = parse_tokenize(await _body(request))
+    return await _ask_tokenizer(request, state, asked)
+
+
+@post(["/detokenize", "/v1/detokenize"], status_code=200)
+async def detokenize(request: HttpRequest, state: State) -> Response[bytes]:
+    """The text of tokens, by the model's tokenizer."""
+    asked = parse_detokenize(await _body(request))
+    return await _ask_tokenizer(request, state, asked)
+
+
+async def _ask_tokenizer(
+    request: HttpRequest, state: State, asked: TokenQuestion
+) -> Response[bytes]:
+    trace.get_current_span().set_attribute(ATTR_MODEL, asked.ask.model)
+    catalog: Catalog = state.catalog
+    deployment = catalog.require(asked.ask.model, "any", key=key_of(request.scope))
+    answer = await ask_tokenizer(state.bus, asked, deployment)
+    return _json(answer, headers=ignored_header(asked.ignored))
 
 
 async def _body(request: HttpRequest) -> bytes:
@@ -122,7 +174,8 @@ async def _generate(request: HttpRequest, state: State, parsed: Parsed) -> ASGIA
     trace.get_current_span().set_attribute(ATTR_MODEL, parsed.model)
     catalog: Catalog = state.catalog
     relay: Relay = state.relay
-    deployment = catalog.require(parsed.model)
+    deployment = catalog.require(parsed.model, key=key_of(request.scope))
+    parsed = with_tools(parsed, catalog, deployment)
     request_id = request_id_of(request.scope)
     tenant = tenant_of(request.headers.get("authorization"))
     timeout_s = timeout_of(request.headers.get(TIMEOUT_HEADER), parsed.timeout_s)
@@ -139,19 +192,21 @@ async def _generate(request: HttpRequest, state: State, parsed: Parsed) -> ASGIA
 
 
 @get("/v1/models")
-async def list_models(state: State) -> Response[bytes]:
-    """Every deployment, with where it is."""
+async def list_models(request: HttpRequest, state: State) -> Response[bytes]:
+    """Every deployment that the key allows, with where it is."""
     catalog: Catalog = state.catalog
-    return _json(ModelList(catalog.models()))
+    return _json(ModelList(catalog.models(key_of(request.scope))))
 
 
 @get("/v1/models/{model_id:path}")
 async def get_model(
-    state: State, model_id: Annotated[str, Parameter(description="may hold slashes")]
+    request: HttpRequest,
+    state: State,
+    model_id: Annotated[str, Parameter(description="may hold slashes")],
 ) -> Response[bytes]:
     """One deployment, with where it is."""
     catalog: Catalog = state.catalog
-    return _json(catalog.model(str(model_id).removeprefix("/")))
+    return _json(catalog.model(str(model_id).removeprefix("/"), key_of(request.scope)))
 
 
 # -- health --------------------------------------------------------------------------------
@@ -187,7 +242,9 @@ async def readyz(state: State) -> Response[bytes]:
     if not bus.is_connected:
         missing.insert(0, "no connection to NATS")
     if missing:
-        return _json(Health("not ready", missing), status=503)
+        answer = _json(Health("not ready", missing), status=503)
+        answer.headers["retry-after"] = str(errors.RETRY_AFTER_S)
+        return answer
     return _json(Health("ready"))
 
 
@@ -207,5 +264,12 @@ async def openapi_json() -> Response[bytes]:
     return Response(openapi.document(), media_type="application/json")
 
 
-def _json(body: msgspec.Struct, status: int = 200) -> Response[bytes]:
-    return Response(msgspec.json.encode(body), status_code=status, media_type="application/json")
+def _json(
+    body: msgspec.Struct, status: int = 200, headers: dict[str, str] | None = None
+) -> Response[bytes]:
+    return Response(
+        msgspec.json.encode(body),
+        status_code=status,
+        media_type="application/json",
+        headers=headers,
+    )

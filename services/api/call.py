@@ -16,8 +16,8 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-from schemas.requests import ChatPrompt, EmbedRequest, Request
-from schemas.stream import Finished, Started
+from schemas.requests import ChatPrompt, EmbedRequest, GenerateRequest, Request
+from schemas.stream import ErrorCode, Finished, Started
 from services.api.answer import Answer, Piece
 from services.api.errors import ApiError, slow_reader
 from services.api.vectors import VectorAnswer
@@ -68,6 +68,13 @@ class Call:
         if isinstance(self.request, EmbedRequest):
             return "input"
         return "messages" if isinstance(self.request.prompt, ChatPrompt) else "prompt"
+
+    def param_of(self, code: ErrorCode) -> str:
+        """The field that a failure with ``code`` is about, where it is about one."""
+        if code == "invalid_grammar" and isinstance(self.request, GenerateRequest):
+            grammar = self.request.sampling.grammar
+            return grammar.field if grammar else self.param
+        return self.param
 
     @property
     def timeout_s(self) -> float:

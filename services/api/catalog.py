@@ -1,92 +1,73 @@
 """What exists and where it is: deployments, residency and leases, watched in KV.
 
 The scheduler writes deployments, agents write residency, both hold leases; this is a read-only
-copy. After a reconnect every present value comes again, and what did not come is gone
-(its expiry may have passed while nobody told us).
+copy. Whoever comes with an API key sees the deployments that it allows, as if there were no others.
 """
 
 import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Literal
 
 from msgspec import UNSET
 
 from schemas import names
+from schemas.keys import KeyRecord
 from schemas.state import (
     DeploymentRecord,
     LeaseRecord,
     ReplicaState,
     ResidencyRecord,
     Runner,
+    ToolFormat,
 )
 from services.api import errors, presets
 from services.api.deployment_settings import nearest
 from services.api.fields import Endpoint
+from services.api.mirror import Mirror
 from services.api.openai import HotswapInfo, Model
+from services.api.refusals import model_not_allowed
 from services.api.waits import RetryAfter, unknown
-from services.bus import Bucket, Bus, Entry
-from services.bus.connection import Hook
+from services.bus import Bus
+from services.keys import allows
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 
 _AGENT_PREFIX = names.agent_lease_key("x").removesuffix("x")
 
 OnUnavailable = Callable[[str, str], None]
+_REMOVED = "its deployment was removed"
 
 
-class _Mirror(Generic[T]):
-    """A bucket's present values by key."""
-
-    def __init__(
-        self, bus: Bus, bucket: str, kind: type[T], changed: Callable[[str, T | None], None]
-    ) -> None:
-        self._bus = bus
-        self._bucket = Bucket(bus, bucket, kind)
-        self._changed = changed
-        self._seen: set[str] = set()
-        self.values: dict[str, T] = {}
-
-    async def start(self) -> list[Callable[[], object]]:
-        """Watch; returns the undoing of its reconnect hooks and of the watch."""
-        before = self._bus.on_reconnect(self._forget_seen)
-        stop: Hook = await self._bucket.watch(self._on_entry)
-        after = self._bus.on_reconnect(self._drop_unseen)  # hooks run in this order
-        return [before, stop, after]
-
-    async def _on_entry(self, entry: Entry[T]) -> None:
-        self._seen.add(entry.key)
-        if entry.value is None:
-            self.values.pop(entry.key, None)
-        else:
-            self.values[entry.key] = entry.value
-        self._changed(entry.key, entry.value)
-
-    async def _forget_seen(self) -> None:
-        self._seen.clear()
-
-    async def _drop_unseen(self) -> None:
-        for key in [key for key in self.values if key not in self._seen]:
-            del self.values[key]
-            self._changed(key, None)
+def _nothing(model: str, reason: str) -> None:
+    """Nobody wants to be told."""
 
 
 class Catalog:
-    """``on_unavailable(model, reason)`` is called when a deployment fails or goes away."""
+    """``on_unavailable(model, reason)`` is called when a deployment fails or goes away,
+    ``on_gone`` when nobody can go on with a request for one that was removed.
+    """
 
     def __init__(
-        self, bus: Bus, on_unavailable: OnUnavailable, retry_after_s: RetryAfter = unknown
+        self,
+        bus: Bus,
+        on_unavailable: OnUnavailable,
+        retry_after_s: RetryAfter = unknown,
+        on_gone: OnUnavailable = _nothing,
     ) -> None:
         self._on_unavailable = on_unavailable
+        self._on_gone = on_gone
         self._retry_after_s = retry_after_s
-        self._deployments = _Mirror(bus, names.BUCKET_MODELS, DeploymentRecord, self._on_deployment)
-        self._residency = _Mirror(
-            bus, names.BUCKET_RESIDENCY, ResidencyRecord, lambda key, record: self._wake()
+        self._deployments = Mirror(bus, names.BUCKET_MODELS, DeploymentRecord, self._on_deployment)
+        self._residency = Mirror(
+            bus, names.BUCKET_RESIDENCY, ResidencyRecord, lambda key, record: self._moved()
         )
-        self._leases = _Mirror(bus, names.BUCKET_LEASES, LeaseRecord, lambda key, record: None)
+        self._leases = Mirror(
+            bus, names.BUCKET_LEASES, LeaseRecord, lambda key, record: self._end_gone()
+        )
+        self._leaving: dict[str, None] = {}  # deployments that were removed, and are somewhere yet
         self._undo: list[Callable[[], object]] = []
         self._aliases: dict[str, str] = {}  # alias -> deployment
         self._awaited: set[asyncio.Event] = set()  # by those who wait for a change
@@ -114,28 +95,48 @@ class Catalog:
             return raw
         return presets.apply(raw, endpoint, record.spec.defaults, record.spec.overrides)
 
-    def require(self, model: str, runner: Runner = "generate", dimensions: int = 0) -> str:
+    def require(
+        self,
+        model: str,
+        runner: Runner | Literal["any"] = "generate",
+        dimensions: int = 0,
+        *,
+        key: KeyRecord | None = None,
+    ) -> str:
         """The name of the deployment that ``model`` is a name or an alias of.
 
         Raises ApiError unless such requests for it can be queued. What no agent has looked at yet
-        may pass; the engine refuses it then. ``dimensions``: that vectors must have at least.
+        may pass; the engine refuses it then. ``runner``: what the model must be for.
+        ``dimensions``: that vectors must have at least. ``key``: whose request it is.
         """
         record = self.find(model)
+        if not (self.allows(key, record) if record else allows(key, model)):
+            raise model_not_allowed(key, model)
         if record is None:
-            existing = sorted(one.spec.name for one in self._deployments.values.values())
-            raise errors.model_not_found(model, existing)
+            raise errors.model_not_found(model, self._names(key))
         if record.spec.drained:
             words = "an operator has drained it, so it takes no new requests"
             raise errors.model_unavailable(model, words)
         if record.status == "failed":
             raise errors.model_unavailable(model, record.reason, self._retry_after_s(model))
         known = record.facts.runner if record.facts else record.spec.runner
-        if known not in ("auto", runner):
+        if known != "auto" and runner not in ("any", known):
             raise errors.model_not_supported(model, "embed" if known == "embed" else "generate")
         if record.facts and dimensions > record.facts.dimensions:
             words = f"dimensions = {dimensions}: vectors of model {model!r} have "
             raise errors.invalid("dimensions", f"{words}{record.facts.dimensions}.")
         return record.spec.name
+
+    def require_tools(self, model: str) -> None:
+        """Raise ApiError where ``model`` is known to know no tools."""
+        record = self.find(model)
+        if record and record.facts and not record.facts.tool_format:
+            raise errors.tools_not_supported(model)
+
+    def tool_format(self, model: str) -> ToolFormat:
+        """How ``model`` writes calls of tools; "" where that is not known."""
+        record = self.find(model)
+        return record.facts.tool_format if record and record.facts else ""
 
     def records(self) -> list[DeploymentRecord]:
         """All deployments, by name."""
@@ -148,20 +149,30 @@ class Catalog:
             raise errors.deployment_not_found(name, [one.spec.name for one in self.records()])
         return record
 
-    def models(self) -> list[Model]:
-        """All deployments, by name; each alias after its deployment."""
+    def allows(self, key: KeyRecord | None, record: DeploymentRecord) -> bool:
+        """Whether ``key`` allows the deployment, by its name or one of its aliases."""
+        return any(allows(key, name) for name in (record.spec.name, *record.spec.aliases))
+
+    def models(self, key: KeyRecord | None = None) -> list[Model]:
+        """All deployments that ``key`` allows, by name; each alias after its deployment."""
         return [
             self._describe(record, name)
             for record in self.records()
+            if self.allows(key, record)
             for name in (record.spec.name, *record.spec.aliases)
         ]
 
-    def model(self, name: str) -> Model:
+    def model(self, name: str, key: KeyRecord | None = None) -> Model:
         """One deployment, by name or alias. Raises ApiError (404)."""
         record = self.find(name)
-        if record is None:
-            raise errors.model_not_found(name, [one.spec.name for one in self.records()])
+        if record is None or not self.allows(key, record):
+            raise errors.model_not_found(name, self._names(key))
         return self._describe(record, name)
+
+    def max_model_len(self, model: str) -> int | None:
+        """The context length of a deployment; None: not known yet."""
+        record = self.find(model)
+        return record.facts.max_model_len if record and record.facts else None
 
     async def until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
         """Wait until ``condition`` holds, looked at after each change; whether it does."""
@@ -176,6 +187,19 @@ class Catalog:
             return condition()
         finally:
             self._awaited.discard(changed)
+
+    def _moved(self) -> None:
+        self._wake()
+        self._end_gone()
+
+    def _end_gone(self) -> None:
+        """Running requests of a removed deployment may end where it is; then nobody has them."""
+        for name in list(self._leaving):
+            if names.escape(name) in self._deployments.values:
+                del self._leaving[name]
+            elif set(self.states(name).values()) <= {"cold", "failed"}:
+                del self._leaving[name]
+                self._on_gone(name, _REMOVED)
 
     def _wake(self) -> None:
         for changed in self._awaited:
@@ -198,6 +222,9 @@ class Catalog:
         if not self._live_gpus():
             out.append("no GPU agent is alive")
         return out
+
+    def _names(self, key: KeyRecord | None) -> list[str]:
+        return [record.spec.name for record in self.records() if self.allows(key, record)]
 
     def _live_gpus(self) -> set[str]:
         return {
@@ -232,6 +259,8 @@ class Catalog:
             self._aliases |= dict.fromkeys(record.spec.aliases, name)
         self._wake()
         if record is None:
-            self._on_unavailable(names.unescape(key), "its deployment was removed")
+            self._on_unavailable(name, _REMOVED)
+            self._leaving[name] = None
+            self._end_gone()
         elif record.status == "failed":
             self._on_unavailable(record.spec.name, record.reason)

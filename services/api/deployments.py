@@ -135,7 +135,7 @@ async def delete_deployment(request: HttpRequest, state: State, name: PathName) 
     if_match = _if_match(request)
     await _ask(state, DeleteDeployment(name, _who(request), if_match, drain))
     is_gone = await catalog.until(
-        lambda: catalog.find(name) is None and not catalog.states(name), max(wait_s, _SEEN_S)
+        lambda: _known(catalog, name) is None and not catalog.states(name), max(wait_s, _SEEN_S)
     )
     words = "" if is_gone else "its running requests end first"
     return _result(catalog, name, is_gone, words)
@@ -238,7 +238,7 @@ async def _ask(state: State, message: AdminRequest) -> AdminAnswer:
         raise _unavailable("The message bus does not answer; nothing was changed.")
     subject = names.admin_subject(action_of(message), message.model)
     try:
-        answer = await bus.request(subject, message, AdminAnswer)
+        answer: AdminAnswer = await bus.request(subject, message, AdminAnswer)
     except NoResponder as error:
         raise _unavailable("No scheduler leads, so nothing was changed; try again.") from error
     except BusError as error:
@@ -302,11 +302,17 @@ async def _seen(catalog: Catalog, name: str, revision: int) -> DeploymentRecord:
     """Its record at ``revision`` or later, so that who is answered can rely on it."""
 
     def is_known() -> bool:
-        record = catalog.find(name)
+        record = _known(catalog, name)
         return record is not None and record.revision >= revision
 
     await catalog.until(is_known, _SEEN_S)
     return catalog.record(name)
+
+
+def _known(catalog: Catalog, name: str) -> DeploymentRecord | None:
+    """The deployment ``name``, by no alias."""
+    record = catalog.find(name)
+    return record if record and record.spec.name == name else None
 
 
 # -- headers and parameters ----------------------------------------------------------------
@@ -376,7 +382,7 @@ def _deployment(catalog: Catalog, record: DeploymentRecord, status: int = 200) -
 
 
 def _result(catalog: Catalog, name: str, is_done: bool, reason: str) -> Response[bytes]:
-    record = catalog.find(name)
+    record = _known(catalog, name)
     info = _info(catalog, record) if record else None
     headers = {"etag": _etag(record.revision)} if record else {}
     result = ActionResult("done" if is_done else "accepted", reason, info)

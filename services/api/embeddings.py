@@ -105,10 +105,10 @@ async def respond_embeddings(
     finally:
         watching.cancel()
         relay.client_left(call)  # nothing, where the call has ended
-    return ASGIResponse(body=_body_of(parsed, call), headers=answer_headers(parsed.ignored, call))
+    return ASGIResponse(body=body_of(parsed, call), headers=answer_headers(parsed.ignored, call))
 
 
-def _body_of(parsed: ParsedEmbeddings, call: Call) -> bytes:
+def body_of(parsed: ParsedEmbeddings, call: Call) -> bytes:
     """The answer as OpenAI's JSON."""
     assert call.vectors is not None
     assert call.finished is not None

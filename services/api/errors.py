@@ -3,20 +3,33 @@
     {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
 
 | status | code                                                 | when                            |
-| 400    | invalid_json, invalid_type, invalid_value,           | the request itself is wrong     |
-|        | unsupported_parameter, context_length_exceeded,       |                                 |
-|        | model_not_supported, ...                             |                                 |
-| 404    | model_not_found, unknown_url                         |                                 |
-|        | deployment_not_found, unknown_action                 |                                 |
-| 409    | conflict                                             | a change of deployments can not |
-|        |                                                      | be made                         |
+| 400    | invalid_json, missing_field, invalid_type,           | the request itself is wrong     |
+|        | invalid_value, unsupported_parameter,                |                                 |
+|        | context_length_exceeded, prompt_too_long,            |                                 |
+|        | invalid_prompt, model_not_supported, client_left,    |                                 |
+|        | invalid_http, bad_request                            |                                 |
+| 401    | missing_api_key, invalid_api_key, expired_api_key,   | with WWW-Authenticate           |
+|        | disabled_api_key                                     |                                 |
+| 403    | insufficient_role, model_not_allowed                 | the key does not allow it       |
+| 404    | model_not_found, deployment_not_found,               |                                 |
+|        | key_not_found, unknown_url, unknown_action,          |                                 |
+|        | file_not_found, batch_not_found                      |                                 |
+| 405    | method_not_allowed                                   | with Allow                      |
+| 408    | request_timeout                                      | its head or body did not come   |
+| 409    | key_conflict, conflict, file_in_use,                 | not as things stand             |
+|        | batch_not_cancellable                                |                                 |
 | 412    | precondition_failed                                  | If-Match names another version  |
-| 413    | request_too_large                                    |                                 |
-| 429    | queue_full                                           | with Retry-After                |
+| 413    | request_too_large, file_too_large                    |                                 |
+| 429    | queue_full, rate_limit_exceeded,                     | with Retry-After                |
+|        | concurrency_limit_exceeded                           |                                 |
+| 431    | headers_too_large                                    |                                 |
 | 500    | engine_failed, internal_error                        |                                 |
-| 503    | model_unavailable, bus_unavailable, shutting_down    | with Retry-After                |
-|        | scheduler_unavailable                                |                                 |
+| 503    | model_unavailable, bus_unavailable, shutting_down,   | with Retry-After                |
+|        | server_overloaded, cancelled, scheduler_unavailable, |                                 |
+|        | tokenizer_unavailable                                |                                 |
+|        | slow_reader                                          | only inside a stream            |
 | 504    | deadline_exceeded                                    |                                 |
+| 507    | no_room                                              | for a file                      |
 """
 
 import http
@@ -46,6 +59,8 @@ _SERVER = "server_error"
 _STATUS_OF_FAILURE: dict[ErrorCode, int] = {
     "context_length_exceeded": 400,
     "invalid_prompt": 400,
+    "invalid_grammar": 400,
+    "tools_not_supported": 400,
     "model_not_supported": 400,
     "model_unavailable": 503,
     "engine_failed": 500,
@@ -127,6 +142,11 @@ def model_not_supported(model: str, runner: Runner) -> ApiError:
     return ApiError(400, "model_not_supported", message, param="model")
 
 
+def tools_not_supported(model: str) -> ApiError:
+    message = f"The chat template of model {model!r} does not know tools: leave tools out."
+    return ApiError(400, "tools_not_supported", message, param="tools")
+
+
 def model_unavailable(model: str, reason: str, retry_after_s: int | None = None) -> ApiError:
     """``retry_after_s``: when the model is expected; None: not known."""
     message = f"The model {model!r} can not be served: {reason or 'no reason given'}"
@@ -148,6 +168,11 @@ def bus_unavailable() -> ApiError:
     return ApiError(503, "bus_unavailable", message, retry_after_s=RETRY_AFTER_S)
 
 
+def tokenizer_unavailable(model: str, why: str) -> ApiError:
+    message = f"The tokenizer of model {model!r} can not be asked now: {why}; try again."
+    return ApiError(503, "tokenizer_unavailable", message, retry_after_s=RETRY_AFTER_S)
+
+
 def shutting_down() -> ApiError:
     message = "This server is shutting down; try again."
     return ApiError(503, "shutting_down", message, retry_after_s=RETRY_AFTER_S)
@@ -165,7 +190,7 @@ def engine_failed(message: str) -> ApiError:
 
 def slow_reader(num_tokens: int) -> ApiError:
     message = f"The stream was ended: {num_tokens} tokens were waiting for the client to read them."
-    return ApiError(503, "slow_reader", message)
+    return ApiError(503, "slow_reader", message, retry_after_s=RETRY_AFTER_S)
 
 
 def from_failure(
@@ -179,6 +204,8 @@ def from_failure(
     param = prompt_param if status == 400 else None
     if code == "model_not_supported":
         param = "model"
+    elif code == "tools_not_supported":
+        param = "tools"
     if status != 503:
         retry_after_s = None
     elif code != "model_unavailable" or retry_after_s is None:

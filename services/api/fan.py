@@ -46,9 +46,8 @@ async def open_fan(parsed: Parsed, request_id: str, relay: Relay, open_one: Open
     ]
     try:
         await asyncio.gather(*opening, return_exceptions=True)
-    except (
-        asyncio.CancelledError
-    ):  # those still on their way were cancelled, and took themselves back
+    except asyncio.CancelledError:
+        # Those still on their way were cancelled, too, and took themselves back.
         for one in opening:
             if not one.cancelled() and not one.exception():
                 relay.client_left(one.result())
@@ -72,14 +71,34 @@ def _choices(parsed: Parsed) -> Iterator[tuple[Prompt, SamplingParams]]:
             yield prompt, msgspec.structs.replace(parsed.sampling, seed=seed)
 
 
-class Fan:
-    """One answer, as the HTTP side reads it. ``calls``: of its choices, by index."""
+class Choices:
+    """The calls of one answer, by choice."""
 
-    def __init__(self, parsed: Parsed, relay: Relay, request_id: str, calls: list[Call]) -> None:
+    def __init__(self, parsed: Parsed, request_id: str, calls: list[Call]) -> None:
         self.calls = calls
         self.num_prompts = len(parsed.prompts)
         self.request_id = request_id
         self._n = parsed.form.n
+
+    @property
+    def lead(self) -> Call:
+        """The one that tells how all were served: the first that began."""
+        return next((call for call in self.calls if call.started), self.calls[0])
+
+    def choices_of(self, prompt: int) -> list[Call]:
+        """The calls of one prompt."""
+        return self.calls[prompt * self._n : (prompt + 1) * self._n]
+
+    def prompt_of(self, index: int) -> int:
+        """Which prompt a choice answers."""
+        return index // self._n
+
+
+class Fan(Choices):
+    """One answer, as the HTTP side reads it while it comes."""
+
+    def __init__(self, parsed: Parsed, relay: Relay, request_id: str, calls: list[Call]) -> None:
+        super().__init__(parsed, request_id, calls)
         self._relay = relay
         self._open = dict(enumerate(calls))  # not read to their end
         self._news = asyncio.Event()
@@ -90,19 +109,6 @@ class Fan:
     def is_complete(self) -> bool:
         """All has been read."""
         return not self._open
-
-    @property
-    def lead(self) -> Call:
-        """Of several calls, the one that tells how all were served: the first that began."""
-        return next((call for call in self.calls if call.started), self.calls[0])
-
-    def choices_of(self, prompt: int) -> list[Call]:
-        """The calls of one prompt."""
-        return self.calls[prompt * self._n : (prompt + 1) * self._n]
-
-    def prompt_of(self, index: int) -> int:
-        """Which prompt a choice answers."""
-        return index // self._n
 
     async def has_news(self, within_s: float) -> bool:
         """Whether `read` has something to say at once, now or ``within_s`` seconds from now."""
@@ -123,8 +129,9 @@ class Fan:
         while self._open:
             self._news.clear()
             told: list[Told] = []
+            ended: list[int] = []
             failure: ApiError | None = None
-            for index, call in list(self._open.items()):
+            for index, call in self._open.items():
                 try:
                     pieces = call.take()
                 except ApiError as error:
@@ -133,7 +140,9 @@ class Fan:
                 told += [(index, piece) for piece in pieces]
                 if call.finished:
                     told.append((index, call.finished))
-                    del self._open[index]
+                    ended.append(index)
+            for index in ended:
+                del self._open[index]
             if told:
                 return told  # a failure is there next time, too
             if failure:

@@ -5,6 +5,7 @@ the same field set to "no such thing please" is fine, since many clients send de
 Fields that nobody here knows are accepted, and named in a response header.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 from urllib.parse import quote
@@ -17,11 +18,12 @@ IGNORED_HEADER = "x-hotswap-ignored-fields"
 _MAX_NAMED = 20
 _MAX_NAME = 64
 
+STREAM_OPTIONS = frozenset({"include_usage", "include_obfuscation", "continuous_usage_stats"})
+
 # Accepted whatever they say: they ask for no behaviour of this server.
 HARMLESS = frozenset(
     {
         "metadata",
-        "parallel_tool_calls",  # means nothing without tools
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
@@ -48,12 +50,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "early_stopping": (False,),
     "spaces_between_special_tokens": (True, False),  # means something to slow tokenizers only
     "logits_processors": ([],),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": ([],),
-    "guided_grammar": (),
+    "guided_whitespace_pattern": (),
+    "guided_decoding_backend": (),
+    "structural_tag": (),
     "priority": (0,),
     "watermarking": (False,),
     "repetition_detection": (),
@@ -69,8 +68,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _NEUTRAL_OF: dict[Endpoint, dict[str, tuple[Any, ...]]] = {
     "chat": _NEUTRAL
     | {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
@@ -137,10 +134,19 @@ def refuse_unsupported(body: Mapping[str, Any], endpoint: Endpoint) -> None:
         raise ApiError(400, "unsupported_parameter", message, param=key)
 
 
+@functools.cache
+def _known(endpoint: Endpoint, implemented: tuple[str, ...]) -> frozenset[str]:
+    return frozenset((*implemented, *_NEUTRAL_OF[endpoint], *harmless(endpoint)))
+
+
 def ignored(body: Mapping[str, Any], endpoint: Endpoint, implemented: Iterable[str]) -> list[str]:
     """Names in ``body`` that mean nothing to this server, in the client's order."""
-    known = {*implemented, *_NEUTRAL_OF[endpoint], *harmless(endpoint)}
-    return [key for key in body if key not in known]
+    known = _known(endpoint, tuple(implemented))
+    found = [key for key in body if key not in known]
+    options = body.get("stream_options")
+    if "stream_options" in known and isinstance(options, dict):
+        found += [f"stream_options.{key}" for key in options if key not in STREAM_OPTIONS]
+    return found
 
 
 def ignored_header(names: list[str]) -> dict[str, str]:

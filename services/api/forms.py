@@ -13,11 +13,13 @@ from schemas.stream import Finished
 from services.api import logprobs, openai
 from services.api.answer import Piece
 from services.api.call import Call
-from services.api.fan import Fan, Told
+from services.api.fan import Choices, Told
 from services.api.frames import Frame
 from services.api.openai import WireFinishReason
 from services.api.parsing import Parsed
 from services.api.served import served
+from services.api.tool_calls import ToolParser
+from services.api.tool_forms import delta_of, message_of
 
 _encode = msgspec.json.Encoder().encode
 
@@ -30,12 +32,14 @@ def _event(chunk: msgspec.Struct) -> bytes:
     return event_bytes(_encode(chunk))
 
 
-def _reason(finished: Finished) -> WireFinishReason:
+def _reason(finished: Finished, num_calls: int = 0) -> WireFinishReason:
     # "cancelled" never gets here: the relay runs such a request again, or ends it with an error.
-    return "length" if finished.finish_reason == "length" else "stop"
+    if finished.finish_reason == "length":
+        return "length"
+    return "tool_calls" if num_calls else "stop"
 
 
-def _usage(fan: Fan) -> openai.Usage:
+def _usage(fan: Choices) -> openai.Usage:
     """Of a complete answer."""
     prompt = completion = cached = 0
     for number in range(fan.num_prompts):
@@ -52,16 +56,16 @@ def served_of(call: Call) -> openai.Served | UnsetType:
     return served(call) or UNSET
 
 
-def _answer_id(parsed: Parsed, fan: Fan) -> str:
+def _answer_id(parsed: Parsed, fan: Choices) -> str:
     kind = "chatcmpl-" if parsed.endpoint == "chat" else "cmpl-"
     return kind + (parsed.form.request_id or fan.request_id)
 
 
-def _created(fan: Fan) -> int:
+def _created(fan: Choices) -> int:
     return int(fan.calls[0].request.created_at)
 
 
-def _echo(parsed: Parsed, fan: Fan, index: int) -> str:
+def _echo(parsed: Parsed, fan: Choices, index: int) -> str:
     """What goes before the text of a choice."""
     if parsed.form.echoes is None:
         return ""
@@ -72,18 +76,18 @@ def _echo(parsed: Parsed, fan: Fan, index: int) -> str:
     return told.text if told else ""
 
 
-def _prompt_ids(parsed: Parsed, fan: Fan, index: int) -> Sequence[int] | UnsetType:
+def _prompt_ids(parsed: Parsed, fan: Choices, index: int) -> Sequence[int] | UnsetType:
     told = fan.calls[index].answer.prompt
     return told.token_ids if parsed.form.token_ids and told else UNSET
 
 
-def _end(fan: Fan, index: int) -> Finished:
+def _end(fan: Choices, index: int) -> Finished:
     finished = fan.calls[index].finished
     assert finished is not None, f"choice {index} of {fan.request_id} is complete but has no end"
     return finished
 
 
-def whole(parsed: Parsed, fan: Fan, told: list[Told]) -> bytes:
+def whole(parsed: Parsed, fan: Choices, told: list[Told]) -> bytes:
     """The answer that is not streamed; ``told`` is all there was."""
     head = (_answer_id(parsed, fan), _created(fan), parsed.model)
     pieces: list[list[Piece]] = [[] for _ in fan.calls]
@@ -99,19 +103,26 @@ def whole(parsed: Parsed, fan: Fan, told: list[Told]) -> bytes:
     return _encode(openai.Completion(*head, texts, _usage(fan), hotswap=served_of(fan.lead)))
 
 
-def _chat_choice(parsed: Parsed, fan: Fan, index: int, pieces: list[Piece]) -> openai.ChatChoice:
+def _chat_choice(
+    parsed: Parsed, fan: Choices, index: int, pieces: list[Piece]
+) -> openai.ChatChoice:
     text = _echo(parsed, fan, index) + "".join(piece.text for piece in pieces)
     told = [one for piece in pieces for one in piece.logprobs]
+    message = openai.AnswerMessage(text)
+    if parsed.tool_parser:
+        message = message_of(parsed.tool_parser(), text)
     return openai.ChatChoice(
-        openai.AnswerMessage(text),
-        _reason(_end(fan, index)),
+        message,
+        _reason(_end(fan, index), len(message.tool_calls or ())),
         index,
         logprobs.of_chat(told, parsed.form.logprobs_by_id),
         _token_ids(parsed, pieces),
     )
 
 
-def _text_choice(parsed: Parsed, fan: Fan, index: int, pieces: list[Piece]) -> openai.TextChoice:
+def _text_choice(
+    parsed: Parsed, fan: Choices, index: int, pieces: list[Piece]
+) -> openai.TextChoice:
     text = _echo(parsed, fan, index) + "".join(piece.text for piece in pieces)
     told = [one for piece in pieces for one in piece.logprobs]
     return openai.TextChoice(
@@ -136,15 +147,19 @@ _NOTHING = Piece("")
 class _Chunks(abc.ABC):
     """The events of a stream: what opens it, one for each piece and each end, what closes it."""
 
-    def __init__(self, parsed: Parsed, fan: Fan) -> None:
+    def __init__(self, parsed: Parsed, fan: Choices) -> None:
         self._parsed = parsed
         self._fan = fan
         self._head = (_answer_id(parsed, fan), _created(fan), parsed.model)
         self._by_id = parsed.form.logprobs_by_id
+        self._wants_ids = parsed.form.token_ids
+        # Of chunks before the last: with include_usage each has the field.
+        self._no_usage = None if parsed.include_usage else UNSET
         self._num_tokens = 0  # told so far, of all choices
         self._unopened = set(range(len(fan.calls)))  # choices of which nothing was told
         # Whether the events of a choice's tokens are alike but for the text.
-        self._is_plain = not (parsed.form.token_ids or parsed.form.usage_in_chunks)
+        form = parsed.form
+        self._is_plain = not (form.token_ids or form.usage_in_chunks or parsed.tool_parser)
         self._frames: dict[int, Frame] = {}  # of choices
 
     def opening(self) -> Iterator[bytes]:
@@ -160,10 +175,9 @@ class _Chunks(abc.ABC):
         piece = self._begin(index, what) if index in self._unopened else what
         if self._is_plain and piece.text and not piece.logprobs:
             return self._frame(index).fill(piece.text)
-        wants_ids = self._parsed.form.token_ids and piece.token_ids
-        if not (piece.text or piece.logprobs or wants_ids):
-            return b""
-        return self._chunk(index, piece)
+        if piece.text or piece.logprobs or (self._wants_ids and piece.token_ids):
+            return self._chunk(index, piece)
+        return b""
 
     def closing(self) -> Iterator[bytes]:
         if self._parsed.include_usage:
@@ -181,14 +195,14 @@ class _Chunks(abc.ABC):
         return frame
 
     def _usage(self) -> openai.Usage | UnsetType | None:
-        """Of a chunk before the last. With include_usage each has the field, null unless asked."""
-        if self._parsed.form.usage_in_chunks:
-            prompt = 0
-            for number in range(self._fan.num_prompts):
-                known = [call.answer.prompt for call in self._fan.choices_of(number)]
-                prompt += next((one.num_tokens for one in known if one), 0)
-            return openai.Usage(prompt, self._num_tokens, prompt + self._num_tokens)
-        return None if self._parsed.include_usage else UNSET
+        """Of a chunk before the last: nothing, or what is told so far where that is asked for."""
+        if not self._parsed.form.usage_in_chunks:
+            return self._no_usage
+        prompt = 0
+        for number in range(self._fan.num_prompts):
+            known = [call.answer.prompt for call in self._fan.choices_of(number)]
+            prompt += next((one.num_tokens for one in known if one), 0)
+        return openai.Usage(prompt, self._num_tokens, prompt + self._num_tokens)
 
     @abc.abstractmethod
     def _chunk(self, index: int, piece: Piece, reason: WireFinishReason | None = None) -> bytes:
@@ -200,6 +214,11 @@ class _Chunks(abc.ABC):
 
 
 class _ChatChunks(_Chunks):
+    def __init__(self, parsed: Parsed, fan: Choices) -> None:
+        super().__init__(parsed, fan)
+        make = parsed.tool_parser
+        self._parsers = {index: make() for index in range(len(fan.calls))} if make else {}
+
     def opening(self) -> Iterator[bytes]:
         """Whose words they are, and where asked for what the model was given."""
         asked = self._parsed.form.token_ids
@@ -210,10 +229,36 @@ class _ChatChunks(_Chunks):
             yield self._event(choice, prompt_ids if index == 0 else UNSET)
 
     def _chunk(self, index: int, piece: Piece, reason: WireFinishReason | None = None) -> bytes:
-        delta = openai.Delta() if reason else openai.Delta(content=piece.text)
         told = logprobs.of_chat(piece.logprobs, self._by_id)
-        ids = UNSET if reason else _token_ids(self._parsed, (piece,))
+        ids = piece.token_ids if self._wants_ids and not reason else UNSET
+        if parser := self._parsers.get(index):
+            return self._calls(parser, index, piece.text, reason, told, ids)
+        delta = openai.Delta() if reason else openai.Delta(content=piece.text)
         return self._event(openai.ChatChunkChoice(delta, reason, index, told, ids))
+
+    def _calls(
+        self,
+        parser: ToolParser,
+        index: int,
+        text: str,
+        reason: WireFinishReason | None,
+        told: openai.ChatLogprobs | None,
+        ids: Sequence[int] | UnsetType,
+    ) -> bytes:
+        """The events of text in which there may be calls of tools: any number.
+
+        What is told of tokens goes with the first one, or alone where the text is held back.
+        """
+        deltas = [delta_of(event) for event in (parser.finish() if reason else parser.push(text))]
+        if reason or (not deltas and (told or ids is not UNSET)):
+            deltas.append(openai.Delta())
+        if reason == "stop" and parser.num_calls:
+            reason = "tool_calls"
+        choices = [openai.ChatChunkChoice(delta, index=index) for delta in deltas]
+        if choices:
+            choices[0].logprobs, choices[0].token_ids = told, ids
+            choices[-1].finish_reason = reason
+        return b"".join(self._event(choice) for choice in choices)
 
     def _event(
         self, choice: openai.ChatChunkChoice, prompt_ids: Sequence[int] | UnsetType = UNSET
@@ -228,14 +273,14 @@ class _ChatChunks(_Chunks):
 
 
 class _TextChunks(_Chunks):
-    def __init__(self, parsed: Parsed, fan: Fan) -> None:
+    def __init__(self, parsed: Parsed, fan: Choices) -> None:
         super().__init__(parsed, fan)
         # Choices that still are to name their prompt's ids.
         self._nameless = set(range(len(fan.calls))) if parsed.form.token_ids else set()
 
     def _chunk(self, index: int, piece: Piece, reason: WireFinishReason | None = None) -> bytes:
         told = logprobs.of_text(piece.logprobs, self._by_id)
-        ids = UNSET if reason else _token_ids(self._parsed, (piece,))
+        ids = piece.token_ids if self._wants_ids and not reason else UNSET
         choice = openai.TextChoice(piece.text, reason, index, told, ids)
         if index in self._nameless:
             self._nameless.discard(index)
@@ -247,5 +292,5 @@ class _TextChunks(_Chunks):
         return _event(openai.Completion(*self._head, [], usage, hotswap=told))
 
 
-def chunks_of(parsed: Parsed, fan: Fan) -> _Chunks:
+def chunks_of(parsed: Parsed, fan: Choices) -> _Chunks:
     return _ChatChunks(parsed, fan) if parsed.endpoint == "chat" else _TextChunks(parsed, fan)

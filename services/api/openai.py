@@ -14,7 +14,7 @@ from schemas.state import ReplicaState
 from schemas.stream import StartKind
 
 Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
-WireFinishReason: TypeAlias = Literal["stop", "length"]
+WireFinishReason: TypeAlias = Literal["stop", "length", "tool_calls"]
 
 
 # -- requests ------------------------------------------------------------------------------
@@ -27,14 +27,99 @@ class ContentPart(msgspec.Struct):
     text: str | None = None
 
 
+class CalledFunction(msgspec.Struct):
+    """``arguments``: JSON text of an object."""
+
+    name: str
+    arguments: str
+
+
+class MessageToolCall(msgspec.Struct):
+    """A call in an earlier message of the assistant. Only ``type: "function"`` is implemented."""
+
+    id: str
+    function: CalledFunction
+    type: str = "function"
+
+
 class Message(msgspec.Struct):
     """One message of a chat. ``content``: text, or a list of text parts."""
 
     role: Role
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: list[Any] | None = None  # known, so that it can be refused by name
-    function_call: Any = None
+    tool_calls: list[MessageToolCall] | None = None  # of the assistant
+    tool_call_id: str | None = None  # of the call that a message of role "tool" answers
+    function_call: Any = None  # known, so that it can be refused by name
+
+
+class JsonSchemaFormat(msgspec.Struct):
+    """``strict`` changes nothing: the answer always follows the schema."""
+
+    name: str
+    schema: dict[str, Any] | bool
+    strict: bool | None = None
+    description: str | None = None
+
+
+class ResponseFormat(msgspec.Struct):
+    """``type``: "text", "json_object" or "json_schema"."""
+
+    type: str
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
+    """vLLM's extension: the answer follows exactly one of these."""
+
+    json: dict[str, Any] | bool | str | None = None  # a JSON schema
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None  # GBNF (EBNF), or Lark
+    json_object: bool | None = None
+    structural_tag: Any = None  # these are known, so that they can be refused by name
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
+    disable_fallback: bool | None = None  # harmless: there is one library
+
+
+class ToolFunction(msgspec.Struct):
+    """``parameters``: JSON schema of the arguments, an object."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolParam(msgspec.Struct):
+    """Only ``type: "function"`` is implemented."""
+
+    type: str
+    function: ToolFunction | None = None
+
+
+class NamedFunction(msgspec.Struct):
+    name: str
+
+
+class NamedTool(msgspec.Struct):
+    function: NamedFunction
+    type: str = "function"
+
+
+class AllowedTools(msgspec.Struct):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool]
+
+
+class ToolChoice(msgspec.Struct):
+    """``type``: "function", with a name, or "allowed_tools", with a mode and some of the tools."""
+
+    type: str
+    function: NamedFunction | None = None
+    allowed_tools: AllowedTools | None = None
 
 
 class StreamOptions(msgspec.Struct):
@@ -78,6 +163,12 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None  # in log probabilities
     timeout: float | None = None  # seconds for the whole answer, then 504
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | bool | str | None = None  # vLLM's older names
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
 
 class ChatCompletionRequest(SamplingFields, kw_only=True):
@@ -94,6 +185,9 @@ class ChatCompletionRequest(SamplingFields, kw_only=True):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
         None
     )
+    tools: list[ToolParam] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class CompletionRequest(SamplingFields, kw_only=True):
@@ -112,6 +206,26 @@ class EmbeddingRequest(msgspec.Struct):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None  # the first so many of each vector, normalised again
     timeout: float | None = None  # seconds for the whole answer, then 504
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True):
+    """``POST /tokenize``, as vLLM has it: a ``prompt``, or the ``messages`` of a chat."""
+
+    model: str
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None  # true for a prompt, false for a chat
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(msgspec.Struct):
+    """``POST /detokenize``, as vLLM has it."""
+
+    model: str
+    tokens: list[int]
 
 
 # -- responses -----------------------------------------------------------------------------
@@ -178,10 +292,19 @@ class TextLogprobs(msgspec.Struct):
     top_logprobs: list[dict[str, float]]
 
 
+class AnswerToolCall(msgspec.Struct):
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+
 class AnswerMessage(msgspec.Struct):
-    content: str
+    """``content`` is null where there is nothing but calls."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    tool_calls: list[AnswerToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct):
@@ -224,9 +347,24 @@ class Completion(msgspec.Struct):
     hotswap: Served | UnsetType = UNSET  # with the usage
 
 
+class DeltaFunction(msgspec.Struct, omit_defaults=True):
+    arguments: str
+    name: str | None = None
+
+
+class DeltaToolCall(msgspec.Struct, omit_defaults=True):
+    """A piece of call ``index``; the first one has its id, type and name."""
+
+    index: int
+    function: DeltaFunction
+    id: str | None = None
+    type: str | None = None
+
+
 class Delta(msgspec.Struct, omit_defaults=True):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[DeltaToolCall] | None = None
 
 
 class ChatChunkChoice(msgspec.Struct):
@@ -271,6 +409,21 @@ class EmbeddingList(msgspec.Struct):
     usage: EmbeddingUsage
     object: Literal["list"] = "list"
     hotswap: Served | UnsetType = UNSET
+
+
+class Tokenization(msgspec.Struct):
+    """The tokens of a text. ``token_strs``: the tokenizer's own name of each, where asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: Sequence[int]
+    token_strs: Sequence[str] | None = None
+
+
+class Detokenization(msgspec.Struct):
+    """The text of tokens."""
+
+    prompt: str
 
 
 class HotswapInfo(msgspec.Struct):

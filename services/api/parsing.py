@@ -20,6 +20,7 @@ from schemas.requests import (
     MAX_LOGPROBS,
     SAMPLING_RANGES,
     ChatMessage,
+    Grammar,
     Prompt,
     SamplingParams,
 )
@@ -28,6 +29,9 @@ from services.api.errors import ApiError, invalid
 from services.api.fields import Endpoint, show
 from services.api.form import AnswerForm, form_of
 from services.api.openai import ChatCompletionRequest, CompletionRequest, Message, SamplingFields
+from services.api.structured import grammar_of
+from services.api.tool_calls import ToolParser
+from services.api.tools import ToolUse, answered_call, earlier_calls, tool_use_of
 
 T = TypeVar("T")
 Prepare: TypeAlias = Callable[[dict[str, Any], Endpoint], dict[str, Any]]
@@ -51,6 +55,8 @@ class Parsed:
     """One valid request: ``form.n`` choices for each of ``prompts``.
 
     ``is_seeded``: the client chose the seed. ``ignored``: the fields that nobody here knows.
+    ``tool_use``: None where the model is shown no tools; else ``tool_parser`` makes what tells
+    calls from text, once the model's way to write them is known.
     """
 
     endpoint: Endpoint
@@ -63,6 +69,8 @@ class Parsed:
     form: AnswerForm
     ignored: list[str]
     timeout_s: float | None = None  # as the body says
+    tool_use: ToolUse | None = None
+    tool_parser: Callable[[], ToolParser] | None = None
 
 
 def parse_chat(body: bytes, prepare: Prepare = as_it_came) -> Parsed:
@@ -70,12 +78,11 @@ def parse_chat(body: bytes, prepare: Prepare = as_it_came) -> Parsed:
     raw = prepare(json_object(body), "chat")
     fields.refuse_unsupported(raw, "chat")
     request = convert(raw, ChatCompletionRequest)
-    if not request.messages:
-        raise invalid("messages", "messages = [] must hold at least one message.")
-    messages = tuple(_message(i, message) for i, message in enumerate(request.messages))
+    messages = messages_of(request.messages)
     key = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
-    prompt = prompts.of_chat(request, messages)
-    return _parsed("chat", request, raw, (prompt,), key, getattr(request, key))
+    tool_use = tool_use_of(request)
+    prompt = prompts.of_chat(request, messages, tool_use.tools if tool_use else ())
+    return _parsed("chat", request, raw, (prompt,), key, getattr(request, key), tool_use)
 
 
 def parse_completion(body: bytes, prepare: Prepare = as_it_came) -> Parsed:
@@ -95,12 +102,13 @@ def _parsed(
     given: tuple[Prompt, ...],
     max_key: str,
     max_tokens: int | None,
+    tool_use: ToolUse | None = None,
 ) -> Parsed:
     options = request.stream_options
     if options and not request.stream:
         raise invalid("stream_options", "stream_options is only allowed where stream is true.")
     form = form_of(request, given)
-    sampling = _sampling(request, max_key, max_tokens)
+    sampling = _sampling(request, max_key, max_tokens, tool_use)
     return Parsed(
         endpoint=endpoint,
         model=request.model,
@@ -112,6 +120,7 @@ def _parsed(
         form=form,
         ignored=fields.ignored(raw, endpoint, request.__struct_fields__),
         timeout_s=request.timeout,
+        tool_use=tool_use,
     )
 
 
@@ -173,21 +182,28 @@ def _explain(error: msgspec.ValidationError, raw: dict[str, Any]) -> ApiError:
 # -- prompts -------------------------------------------------------------------------------
 
 
+def messages_of(given: list[Message]) -> tuple[ChatMessage, ...]:
+    """The messages of a chat, at least one. Raises ApiError (400)."""
+    if not given:
+        raise invalid("messages", "messages = [] must hold at least one message.")
+    return tuple(_message(i, message) for i, message in enumerate(given))
+
+
 def _message(index: int, message: Message) -> ChatMessage:
     where = f"messages[{index}]"
-    for key in ("tool_calls", "function_call"):
-        if getattr(message, key) not in (None, []):
-            param = f"{where}.{key}"
-            words = f"{param} is not supported by this server: it does not do tools."
-            raise ApiError(400, "unsupported_parameter", words, param=param)
-    if message.content is None:
+    if message.function_call not in (None, []):
+        param = f"{where}.function_call"
+        words = f"{param} is not supported by this server: send tool_calls."
+        raise ApiError(400, "unsupported_parameter", words, param=param)
+    calls, answers = earlier_calls(where, message), answered_call(where, message)
+    if message.content is None and not calls:
         raise invalid(f"{where}.content", f"{where}.content is required: a string or text parts.")
     # "developer" is OpenAI's newer word for the same thing; chat templates know only "system".
     role = "system" if message.role == "developer" else message.role
     if isinstance(message.content, str):
-        return ChatMessage(role, message.content, message.name)
+        return ChatMessage(role, message.content, message.name, calls, answers)
     texts = []
-    for i, part in enumerate(message.content):
+    for i, part in enumerate(message.content or ()):
         param = f"{where}.content[{i}]"
         if part.type != "text":
             words = f"{param}.type = {show(part.type)} is not supported: only text is."
@@ -195,13 +211,15 @@ def _message(index: int, message: Message) -> ChatMessage:
         if part.text is None:
             raise invalid(f"{param}.text", f"{param}.text is required and missing.")
         texts.append(part.text)
-    return ChatMessage(role, "\n".join(texts), message.name)
+    return ChatMessage(role, "\n".join(texts), message.name, calls, answers)
 
 
 # -- sampling ------------------------------------------------------------------------------
 
 
-def _sampling(request: SamplingFields, max_key: str, max_tokens: int | None) -> SamplingParams:
+def _sampling(
+    request: SamplingFields, max_key: str, max_tokens: int | None, tool_use: ToolUse | None
+) -> SamplingParams:
     _in_range(max_key, max_tokens, 1, _MAX_COUNT)
     _in_range("min_tokens", request.min_tokens, 0, _MAX_COUNT)
     for key, (low, high) in SAMPLING_RANGES.items():
@@ -237,7 +255,19 @@ def _sampling(request: SamplingFields, max_key: str, max_tokens: int | None) -> 
         bad_words=_bad_words(request.bad_words),
         include_stop=bool(request.include_stop_str_in_output),
         skip_special_tokens=request.skip_special_tokens is not False,
+        grammar=_grammar(request, tool_use),
     )
+
+
+def _grammar(request: SamplingFields, tool_use: ToolUse | None) -> Grammar | None:
+    asked = grammar_of(request)
+    if asked is None:
+        return tool_use.grammar if tool_use else None
+    if tool_use:
+        field = asked.field.partition(".")[0]
+        words = f"{field} and tools do not go together: an answer is one or the other; "
+        raise invalid(field, words + 'leave one out, or send tool_choice = "none".')
+    return asked
 
 
 def _logprobs(request: SamplingFields) -> int | None:

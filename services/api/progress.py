@@ -33,8 +33,9 @@ from services.api.waits import Waits
 from services.bus import Bus, Message
 from services.bus.connection import Hook
 
-EVERY_S: Final = 1.0  # between two comments to one that waits for its first token
-QUIET_S: Final = 5.0  # without a token, later: then likewise
+EVERY_S: Final = 1.0  # between two comments that say the same
+CHECK_S: Final = 0.25  # between two looks at whether there is something new to say
+QUIET_S: Final = 5.0  # without a token, once there was one: then likewise
 _FORGET_S = 5.0  # a load tells ten times a second
 
 State: TypeAlias = Literal[
@@ -52,6 +53,9 @@ class WaitState(msgspec.Struct, frozen=True, omit_defaults=True):
     predicted_wait_s: float | None = None
     done_bytes: int | None = None
     total_bytes: int | None = None
+
+    def is_news_after(self, other: "WaitState") -> bool:
+        return (self.state, self.position) != (other.state, other.position)
 
 
 _encode = msgspec.json.Encoder().encode

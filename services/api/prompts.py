@@ -11,6 +11,7 @@ from schemas.requests import (
     SamplingParams,
     TextPrompt,
     TokenPrompt,
+    Tool,
 )
 from services.api.errors import invalid
 from services.api.fields import show
@@ -34,6 +35,7 @@ RESERVED = frozenset(
         "return_assistant_tokens_mask",
         "return_dict",
         "return_tensors",
+        "self",
         "tokenize",
         "tokenizer_kwargs",
         "tools",
@@ -91,8 +93,10 @@ def bad_token_id(ids: list[int]) -> int | None:
 # -- chats ---------------------------------------------------------------------------------
 
 
-def of_chat(request: ChatCompletionRequest, messages: tuple[ChatMessage, ...]) -> ChatPrompt:
-    """``messages``, and how the template is to render them. Raises ApiError (400)."""
+def of_chat(
+    request: ChatCompletionRequest, messages: tuple[ChatMessage, ...], tools: tuple[Tool, ...]
+) -> ChatPrompt:
+    """``messages`` and ``tools``, and how the template is to render them. Raises ApiError (400)."""
     return ChatPrompt(
         messages,
         **template_options(
@@ -103,6 +107,7 @@ def of_chat(request: ChatCompletionRequest, messages: tuple[ChatMessage, ...]) -
         add_special_tokens=bool(request.add_special_tokens),
         documents=tuple(request.documents or ()),
         reasoning_effort=request.reasoning_effort,
+        tools=tools,
     )
 
 
@@ -142,11 +147,14 @@ def with_options(
     if salt is not None and not 1 <= len(salt) <= MAX_SALT:
         words = f"cache_salt has {len(salt)} characters; it must have 1 to {MAX_SALT}."
         raise invalid("cache_salt", words)
+    tells_text = form.echoes is not None and None in form.echoes
+    if most is None and salt is None and not form.token_ids and not tells_text:
+        return sampling  # as nearly always
     return msgspec.structs.replace(
         sampling,
         truncate_prompt_tokens=most,
         truncation_side=request.truncation_side or "left",
         cache_salt=salt or "",
         tell_prompt_ids=form.token_ids,
-        tell_prompt_text=None in (form.echoes or ()),
+        tell_prompt_text=tells_text,
     )

@@ -13,21 +13,15 @@ open until exactly one of these ends it:
     8. shutdown          |
     9. choice failed     +
 
-Until then it is one stream, whatever happens to those who work on it:
-
-    an agent or a worker died   the queue delivers it again; whoever gets it asks what is known here
-                                and goes on behind that (`schemas.stream.Resuming`)
-    the NATS server restarted   its memory stream is lost: the request is queued again under its id,
-                                and whoever gets it asks; who had it before is told to let go
-    tokens or the end are lost  core NATS delivers at most once: queued again under a new id,
-                                ``<id>-r2``, with what is known as its prefix
+Until then it is one stream, whatever happens to those who work on it (`Runs`).
 """
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from typing import TypeAlias
 
 import msgspec
 
@@ -43,7 +37,6 @@ from schemas.stream import (
     Chunk,
     Failed,
     Finished,
-    ResumeFrom,
     Resuming,
     Started,
     Tokens,
@@ -53,6 +46,7 @@ from services.api import errors
 from services.api.answer import Diverged, Piece
 from services.api.call import Background, Call, ClientLeft
 from services.api.errors import ApiError
+from services.api.runs import Runs
 from services.api.taking_back import TakingBack, WithdrawReason
 from services.api.waits import RetryAfter, unknown
 from services.bus import Bus, BusError, QueueFull, WorkQueue
@@ -60,13 +54,17 @@ from services.bus.connection import Hook
 
 log = logging.getLogger(__name__)
 
-MAX_RUNS = 4  # then an error is the better answer
+Admit: TypeAlias = Callable[[Request], None]
+Ended: TypeAlias = Callable[[Call], None]
+
 TIMEOUT_SETTING = "api.request_timeout_s"
-_RETRY_S = 0.5
 
 
 class Relay:
-    """Owns every open request of this process."""
+    """Owns every open request of this process.
+
+    ``admit`` may refuse one (it raises ApiError); ``ended`` is called with each that was admitted.
+    """
 
     def __init__(
         self,
@@ -74,16 +72,25 @@ class Relay:
         timeout_s: float,
         max_queued_per_model: int,
         retry_after_s: RetryAfter = unknown,
+        *,
+        admit: Admit = lambda request: None,
+        ended: Ended = lambda call: None,
     ) -> None:
         self._bus = bus
+        self._admit = admit
+        self._ended = ended
         self._retry_after_s = retry_after_s
-        self._queue = WorkQueue(bus)
         self._timeout_s = timeout_s
         self.max_queued = max_queued_per_model
         self._calls: dict[str, Call] = {}
-        self._taking_back = TakingBack(bus, self._queue)
         self._decoder: msgspec.json.Decoder[Chunk] = msgspec.json.Decoder(Chunk)
         self._background = Background()
+        queue = WorkQueue(bus)
+        self._taking_back = TakingBack(bus, queue)
+        what = (bus, queue, self._background, self._taking_back)
+        self._runs = Runs(
+            *what, lambda call, why: self._give_up(call, errors.engine_failed(why), None)
+        )
         self._idle = asyncio.Event()
         self._idle.set()
         self._closing = False
@@ -93,7 +100,7 @@ class Relay:
     async def start(self) -> None:
         """Listen for replies. After this, `open` may be called."""
         self._unsubscribe = await self._bus.listen(f"{self._bus.inbox}.r.*", self._on_reply)
-        self._undo_hook = self._bus.on_reconnect(self._queue_again)
+        self._undo_hook = self._bus.on_reconnect(self._on_reconnect)
 
     async def open(
         self,
@@ -158,6 +165,7 @@ class Relay:
             raise errors.shutting_down()
         if not self._bus.is_connected:
             raise errors.bus_unavailable()
+        self._admit(request)
         request_id, model = request.request_id, request.model
         call = Call(request)
         self._calls[request_id] = call
@@ -166,7 +174,7 @@ class Relay:
         call.timer = loop.call_later(call.timeout_s, self._on_deadline, call)
         # A task of its own: the HTTP side may be cancelled, but a request that reached the
         # queue must have its sequence number known, or it could not be withdrawn.
-        queueing = self._background.run(call, self._enqueue(call, request_id))
+        queueing = self._background.run(call, self._runs.enqueue(call, request_id))
         try:
             await asyncio.shield(queueing)
         except QueueFull as error:
@@ -200,6 +208,12 @@ class Relay:
                 error = errors.model_unavailable(model, reason, retry_after_s)
                 self._give_up(call, error, "model_failed")
 
+    def model_gone(self, model: str, reason: str) -> None:
+        """End whatever is for ``model``: nobody has it any more (way 5)."""
+        for call in list(self._calls.values()):
+            if call.model == model:
+                self._give_up(call, errors.model_unavailable(model, reason), "model_failed")
+
     async def drain(self, grace_s: float) -> None:
         """Take no more; let open requests end for ``grace_s`` seconds, then end them (way 8)."""
         self._closing = True
@@ -230,30 +244,12 @@ class Relay:
             return  # its tokens will be missed, and the request runs again
         call = self._calls.get(request_id)
         if isinstance(chunk, Resuming):
-            self._on_resuming(request_id, call, chunk, reply)
+            self._runs.resume(request_id, call, chunk, reply)
         elif call is None:
             if model := self._taking_back.on_chunk(request_id, chunk):
                 self._background.run(None, self._taking_back.cancel(model, chunk.request_id))
         elif not call.answer.is_stale(chunk.request_id, chunk.attempt):
             self._on_chunk(call, chunk)
-
-    def _on_resuming(self, request_id: str, call: Call | None, chunk: Resuming, reply: str) -> None:
-        """An agent was given a run that may have run before: where does it go on, if at all?"""
-        answer = ResumeFrom(chunk.request_id, "cancel")
-        if call is None and self._taking_back.has_ended(request_id):
-            answer = ResumeFrom(chunk.request_id, "drop")
-        elif call is not None and chunk.request_id == call.newest_run:
-            call.answer.is_stale(chunk.request_id, chunk.attempt)  # earlier ones are, from now on
-            answer = ResumeFrom(chunk.request_id, "run", tuple(call.answer.token_ids))
-            if call.has_begun and call.started:
-                call.num_resumed += 1
-                words = "request %s goes on at gpu %s, behind %d tokens"
-                log.warning(words, chunk.request_id, chunk.gpu, len(answer.token_ids))
-                if call.started.gpu != chunk.gpu:  # it may live, and not know
-                    gpu = call.started.gpu
-                    cancel = self._taking_back.cancel(call.model, chunk.request_id, gpu)
-                    self._background.run(call, cancel)
-        self._background.run(call, self._bus.publish(reply, answer))
 
     def _on_chunk(self, call: Call, chunk: Chunk) -> None:
         match chunk:
@@ -265,21 +261,22 @@ class Relay:
             case Started():
                 call.start(chunk)
             case Finished() if chunk.finish_reason == "cancelled":
-                self._run_again(call, chunk.request_id, "the agent cancelled it")
+                self._runs.again(call, chunk.request_id, "the agent cancelled it")
             case Finished():
                 self._on_finished(call, chunk)
             case Failed() if chunk.code == "cancelled":
-                self._run_again(call, chunk.request_id, chunk.message)
+                self._runs.again(call, chunk.request_id, chunk.message)
             case Failed() if chunk.request_id == call.newest_run:
                 retry_after_s = self._retry_after_s(call.model)
-                error = errors.from_failure(chunk.code, chunk.message, call.param, retry_after_s)
+                param = call.param_of(chunk.code)
+                error = errors.from_failure(chunk.code, chunk.message, param, retry_after_s)
                 if chunk.code == "deadline_exceeded":  # the agent does not know whose it is
                     error = self._too_late(call)
                 self._end(call, error, chunk.request_id)
 
     def _on_tokens(self, call: Call, chunk: Tokens) -> None:
         if call.answer.has_gap_before(chunk):
-            self._run_again(call, chunk.request_id, "tokens were lost on the way")
+            self._runs.again(call, chunk.request_id, "tokens were lost on the way")
             return
         try:
             piece = call.answer.add(chunk)
@@ -291,81 +288,19 @@ class Relay:
 
     def _on_finished(self, call: Call, chunk: Finished) -> None:
         if call.vectors and (missing := call.vectors.num_missing):
-            self._run_again(call, chunk.request_id, f"{missing} vectors were lost on the way")
+            self._runs.again(call, chunk.request_id, f"{missing} vectors were lost on the way")
             return
         if missing := call.answer.missing(chunk):
             words = f"{missing} of its {chunk.completion_tokens} tokens were lost on the way"
-            self._run_again(call, chunk.request_id, words)
+            self._runs.again(call, chunk.request_id, words)
             return
         if text := call.answer.finish(chunk):
             call.push(Piece(text), 0)
         self._end(call, chunk, chunk.request_id)
 
-    # -- further runs ----------------------------------------------------------------------
-
-    def _run_again(self, call: Call, run: str, why: str) -> None:
-        """``run`` ended without a complete answer, which is nobody's fault: once more."""
-        if run != call.newest_run:
-            return  # a newer run is under way
-        if len(call.runs) >= MAX_RUNS:
-            words = f"{why}; the request was run {len(call.runs)} times. Please try again."
-            self._give_up(call, errors.engine_failed(words), None)
-            return
-        next_run = f"{call.request_id}-r{len(call.runs) + 1}"
-        log.warning("request %s runs again as %s: %s", run, next_run, why)
-        call.runs[next_run] = None
-        self._background.run(call, self._replace(run, call, next_run))
-
-    async def _replace(self, instead_of: str, call: Call, run: str) -> None:
-        await self._patiently(call, lambda: self._enqueue(call, run))
-        if not call.ended:  # it may compute still
-            await self._taking_back.withdraw(call, instead_of)
-
-    async def _queue_again(self) -> None:
-        """After a reconnect."""
+    async def _on_reconnect(self) -> None:
         for call in list(self._calls.values()):
-            if (seq := call.runs.get(call.newest_run)) is not None:
-                self._background.run(call, self._recover(call, call.newest_run, seq))
-
-    async def _recover(self, call: Call, run: str, seq: int) -> None:
-        """Have ``run`` in the queue again, if it is not there any more."""
-        await self._patiently(call, lambda: self._recover_once(call, run, seq))
-
-    async def _recover_once(self, call: Call, run: str, seq: int) -> None:
-        if run != call.newest_run or await self._queue.holds(seq, run):
-            return
-        # Sequence numbers of a restarted server start from 1 again: none of ours is valid.
-        call.runs = dict.fromkeys(call.runs)
-        num_before = max(call.answer.num_attempts(run), 1)
-        if not await self._enqueue(call, run, num_before) and not call.ended:
-            # The server knows it, and it has left the queue: it ended when we could not hear it.
-            self._run_again(call, run, "its end was lost on the way")
-
-    async def _patiently(self, call: Call, work: Callable[[], Awaitable[object]]) -> None:
-        """For a request that was admitted already: it waits for room, and for the server."""
-        while not call.ended:
-            try:
-                await work()
-                break
-            except BusError as error:
-                log.warning("request %s is not queued again yet: %s", call.newest_run, error)
-                await asyncio.sleep(_RETRY_S)
-
-    async def _enqueue(self, call: Call, run: str, attempts_before: int = 0) -> bool:
-        """Whether it is new to the queue."""
-        call.runs.setdefault(run, None)
-        request = msgspec.structs.replace(
-            call.request, request_id=run, attempts_before=attempts_before
-        )
-        if isinstance(request, GenerateRequest) and run != call.request_id:
-            known = tuple(call.answer.token_ids)
-            request = msgspec.structs.replace(request, prefix_token_ids=known)
-        seq, is_new = await self._queue.enqueue_once(request)
-        if run in call.runs:  # else its answer was complete before the queue's word was here
-            call.runs[run] = seq
-            if call.ended:
-                await self._taking_back.withdraw(call, run)
-        return is_new
+            self._runs.recover(call)
 
     # -- ends ------------------------------------------------------------------------------
 
@@ -396,5 +331,6 @@ class Relay:
     def _drop(self, call: Call, how: Finished | Exception) -> None:
         call.end(how)
         del self._calls[call.request_id]
+        self._ended(call)
         if not self._calls:
             self._idle.set()

@@ -20,7 +20,7 @@ from services.api.errors import ApiError
 from services.api.fan import Fan, Told
 from services.api.forms import chunks_of, event_bytes, whole
 from services.api.parsing import Parsed
-from services.api.progress import EVERY_S, QUIET_S, Progress, comment
+from services.api.progress import CHECK_S, EVERY_S, QUIET_S, Progress, comment
 from services.api.served import answer_headers, served
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class EventStream(ASGIResponse):
         try:
             told = self._first
             if told is None:
-                told = await self._next(send, 0, EVERY_S)
+                told = await self._next(send, 0)
             await _send(send, b"".join(chunks.opening()))
             while True:
                 # One event per token, but one write for all that came in the meantime.
@@ -107,7 +107,7 @@ class EventStream(ASGIResponse):
                 if self._fan.is_complete:
                     break
                 await _send(send, body)
-                told = await self._next(send, QUIET_S, EVERY_S)
+                told = await self._next(send, QUIET_S)
             last = b"".join(chunks.closing())
             await _send(send, body + last + self._last_comment() + _DONE)
         except ApiError as error:
@@ -119,13 +119,18 @@ class EventStream(ASGIResponse):
             log.info("request %s: the client left", self._fan.request_id)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _next(self, send: Send, quiet_s: float, every_s: float) -> list[Told]:
-        """What comes next; until then comments, after ``quiet_s`` one each ``every_s`` seconds."""
-        if self._progress:
-            within_s = quiet_s
-            while not await self._fan.has_news(within_s):
-                await _send(send, comment(self._progress.of(self._fan.lead)))
-                within_s = every_s
+    async def _next(self, send: Send, quiet_s: float) -> list[Told]:
+        """What comes next. Until then comments after ``quiet_s``, when there is something new to
+        say, and every second.
+        """
+        said, silent_s, within_s = None, 0.0, quiet_s
+        while self._progress and not await self._fan.has_news(within_s):
+            silent_s += within_s
+            within_s = CHECK_S
+            now = self._progress.of(self._fan.lead)
+            if said is None or silent_s >= EVERY_S or now.is_news_after(said):
+                await _send(send, comment(now))
+                said, silent_s = now, 0.0
         return await self._fan.read()
 
     def _last_comment(self) -> bytes:

@@ -117,7 +117,14 @@ class TakingBack:
         return True
 
     async def withdraw(self, call: Call, run: str) -> None:
-        """Out of the queue first, so that whoever pulled it before gets the cancellation after."""
+        """Out of the queue first, so that whoever pulled it before gets the cancellation after.
+
+        What is known to run is cancelled first; if it is pulled again all the same, `on_chunk`
+        knows of it.
+        """
+        is_running = call.started is not None and bool(self._over.get(call.request_id))
+        if is_running:
+            await self.cancel(call.model, run)
         seq = call.runs.get(run)
         # While the server is away the call would wait in memory, and could then hit another
         # request under the same number; a restarted server has forgotten this one anyway.
@@ -126,7 +133,8 @@ class TakingBack:
                 await self._queue.withdraw(seq)
             except BusError as error:
                 log.warning("request %s could not be withdrawn: %s", run, error)
-        await self.cancel(call.model, run)
+        if not is_running:
+            await self.cancel(call.model, run)
 
     async def cancel(self, model: str, run: str, gpu: str = "") -> None:
         """``gpu``: only there, where it is to be forgotten, since it goes on elsewhere."""

@@ -1,17 +1,18 @@
-"""Who a request is for: the API key that came with it, as a hash.
+"""Who a request is for: the id of the API key that came with it.
 
-The key itself goes no further than this file. Keys are not checked here.
+The key itself goes no further than this file and `keyring`, which checks it.
 """
 
-import hashlib
+from services.keys import key_id
 
-HASH_DIGITS = 16
+
+def bearer_of(authorization: str | None) -> str:
+    """The key in ``Bearer KEY``; "" where there is none."""
+    scheme, _, key = (authorization or "").strip().partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
 
 
 def tenant_of(authorization: str | None) -> str:
-    """``Bearer KEY`` -> the first digits of the key's SHA-256; "" where there is no key."""
-    scheme, _, key = (authorization or "").strip().partition(" ")
-    key = key.strip()
-    if scheme.lower() != "bearer" or not key:
-        return ""
-    return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:HASH_DIGITS]
+    """``Bearer KEY`` -> the id in the key, or the start of its SHA-256; "" without a key."""
+    key = bearer_of(authorization)
+    return key_id(key) if key else ""

@@ -4,7 +4,8 @@ connection   connect, publish, subscribe, JetStream API calls; the only file tha
 topology     the streams and buckets, declared idempotently
 work_queue   enqueue, pull by free slots, withdraw, depths
 kv           typed buckets with watches, and leases
-history      what a stream still holds
+history      what a stream still holds, and what comes
+blobs        files in a stream, in chunks
 """
 
 from services.bus.connection import (

@@ -13,6 +13,7 @@ as ``Message.context``. Beside `parser`, this is the only file that imports nats
 import asyncio
 import itertools
 import logging
+import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,15 +62,27 @@ class BusOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     user: str = ""
     password: str = ""
     inbox_prefix: str = "_INBOX"
+    tls_ca: str = ""  # PEM file to check the server's certificate with; empty: the system's
 
     @classmethod
-    def read(cls, path: Path, url: str | None = None) -> "BusOptions":
-        """The credentials file at ``path``, with ``url`` over its own. Raises BusError."""
+    def read(cls, path: Path, url: str | None = None, tls_ca: str = "") -> "BusOptions":
+        """The credentials file at ``path``; ``url``, ``tls_ca`` over its own. Raises BusError."""
         try:
             options = msgspec.json.decode(path.read_bytes(), type=cls)
         except (OSError, msgspec.DecodeError) as error:
             raise BusError(f"can not read NATS credentials from {path}: {error}") from error
-        return msgspec.structs.replace(options, url=url) if url else options
+        given = {key: value for key, value in (("url", url), ("tls_ca", tls_ca)) if value}
+        return msgspec.structs.replace(options, **given)
+
+    def tls(self) -> ssl.SSLContext | None:
+        """How to check the server; None: no TLS. Raises BusError."""
+        if not self.url.startswith(("tls://", "wss://")) and not self.tls_ca:
+            return None
+        try:
+            return ssl.create_default_context(cafile=self.tls_ca or None)
+        except OSError as error:  # SSLError is one
+            why = error.strerror if isinstance(error, FileNotFoundError) else error
+            raise BusError(f"nats: tls_ca = {self.tls_ca!r} can not be used: {why}") from error
 
 
 @dataclass(frozen=True)
@@ -156,6 +169,7 @@ class Bus:
 
         Raises BusUnavailable, at once where the server refuses our credentials.
         """
+        tls = options.tls()
         bus = cls(options, service)
         refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -166,6 +180,9 @@ class Bus:
                 log.error("nats (%s): %s", service, error)
                 if "uthorization" in str(error) and not refused.done():
                     refused.set_result(str(error))
+            # A certificate that is not good now will not be good in a moment.
+            if isinstance(error, ssl.SSLCertVerificationError) and not refused.done():
+                refused.set_result(f"its certificate is not to be trusted: {error.verify_message}")
 
         connecting = asyncio.ensure_future(
             bus._client.connect(
@@ -174,6 +191,7 @@ class Bus:
                 user=options.user or None,
                 password=options.password or None,
                 inbox_prefix=options.inbox_prefix,
+                tls=tls,
                 error_cb=on_error,
                 disconnected_cb=bus._disconnected,
                 reconnected_cb=bus._reconnected,
@@ -257,16 +275,22 @@ class Bus:
         )
 
     async def request(
-        self, subject: str, message: msgspec.Struct, kind: type[T], timeout_s: float = 5.0
-    ) -> T:
-        """Publish, and wait for the one answer. Raises NoResponder, BusUnavailable, BusError."""
+        self, subject: str, message: msgspec.Struct, kind: Any, timeout_s: float = 5.0
+    ) -> Any:
+        """Publish, and wait for the one answer: a ``kind``, or one of a union of them.
+
+        Raises NoResponder, BusUnavailable where no answer came in time, BusError for an answer
+        that can not be read.
+        """
         data, headers = self._encoder.encode(message), self.headers() or None
         try:
             msg = await self._client.request(subject, data, timeout=timeout_s, headers=headers)
         except nats.errors.NoRespondersError as error:
             raise NoResponder(f"nobody answers requests on {subject}") from error
-        except (nats.errors.Error, TimeoutError) as error:
-            raise BusUnavailable(f"{subject}: no answer within {timeout_s:g} s: {error}") from error
+        except TimeoutError as error:
+            raise BusUnavailable(f"{subject}: no answer within {timeout_s:g} s") from error
+        except nats.errors.Error as error:
+            raise BusError(f"{subject}: {error}") from error
         try:
             return msgspec.json.decode(msg.data, type=kind)
         except msgspec.DecodeError as error:
@@ -304,8 +328,9 @@ class Bus:
 
         return await self.subscribe_raw(subject, on_raw)
 
-    async def subscribe_raw(self, subject: str, handler: RawHandler) -> Hook:
-        """Like `subscribe`, undecoded (status messages included).
+    async def subscribe_raw(self, subject: str, handler: RawHandler, *, queue: str = "") -> Hook:
+        """Like `subscribe`, undecoded (status messages included). Of those who subscribe with the
+        same ``queue`` one gets each message.
 
         The undo lets the handler see whatever the server had sent before it took note.
         """
@@ -317,7 +342,7 @@ class Bus:
                 log.exception("handler of %s failed on %s", subject, msg.subject)
 
         subscription: Subscription = await self._client.subscribe(
-            subject, cb=on_msg, pending_msgs_limit=-1, pending_bytes_limit=-1
+            subject, queue, cb=on_msg, pending_msgs_limit=-1, pending_bytes_limit=-1
         )
 
         async def unsubscribe() -> None:

@@ -1,6 +1,7 @@
-"""The request queue: a JetStream work queue, one subject per model, pulled by free slots.
+"""The request queues: JetStream work queues, one subject per model, pulled by free slots.
 
-    api    enqueue -> [HS_REQUESTS] -> Puller -> Delivery   agent
+    api    enqueue -> [HS_REQUESTS] -> Puller -> Delivery   agent        interactive, in memory
+                      [HS_BATCH]                                         batch, in files
                                                   |- ack          the request ended
                                                   |- nak          not now: deliver again at once
                                                   |- in_progress  still on it: do not redeliver
@@ -40,7 +41,8 @@ log = logging.getLogger(__name__)
 PRIORITY_GROUP = "replicas"
 PULL_EXPIRES_S = 30.0
 REDELIVER_AFTER_S = 5.0  # a Delivery that is neither acked nor in_progress for this long
-_CONSUMER_IDLE_S = 300.0
+# A consumer that nobody pulls from for so long is forgotten, and with it who has which request.
+_CONSUMER_IDLE_S: dict[names.RequestClass, float] = {"interactive": 300.0, "batch": 24 * 3600.0}
 _FULL = (10077, 10054, 10053)  # "maximum messages per subject exceeded" and its kin
 
 _NO_MESSAGE = 10037
@@ -67,8 +69,12 @@ class Delivery:
     async def ack(self) -> None:
         await self._answer(b"+ACK")
 
-    async def nak(self) -> None:
-        await self._answer(b"-NAK")
+    async def nak(self, delay_s: float = 0.0) -> None:
+        """``delay_s``: it is delivered again no sooner."""
+        word = b"-NAK"
+        if delay_s:
+            word += b' {"delay": %d}' % int(delay_s * NS)
+        await self._answer(word)
 
     async def in_progress(self) -> None:
         await self._answer(b"+WPI")
@@ -77,9 +83,10 @@ class Delivery:
         """Answer no more: after a reconnect. The request will be delivered again.
 
         A restarted server has an empty memory stream and counts from 1 again, so an answer to
-        an old delivery could hit another request that has its number now.
+        an old delivery could hit another request that has its number now. The stream of the batch
+        class is kept in files, with its numbers.
         """
-        self._is_stale = True
+        self._is_stale = self.request.klass != "batch"
 
     async def _answer(self, word: bytes) -> None:
         if not self._is_stale:
@@ -115,11 +122,12 @@ class WorkQueue:
                 raise QueueFull(f"the queue of model {request.model!r} is full") from error
             raise
 
-    async def withdraw(self, stream_seq: int) -> bool:
+    async def withdraw(self, stream_seq: int, klass: names.RequestClass = "interactive") -> bool:
         """Take a request back. False where it already left the queue."""
         try:
             await self._bus.jetstream(
-                f"STREAM.MSG.DELETE.{names.STREAM_REQUESTS}", {"seq": stream_seq, "no_erase": True}
+                f"STREAM.MSG.DELETE.{names.request_stream(klass)}",
+                {"seq": stream_seq, "no_erase": True},
             )
         except JetStreamError:
             return False
@@ -137,14 +145,16 @@ class WorkQueue:
         block = base64.b64decode(found["message"].get("hdrs", ""))
         return header_of(block, b"Nats-Msg-Id") == request_id
 
-    async def depths(self) -> tuple[dict[str, int], float]:
+    async def depths(
+        self, klass: names.RequestClass = "interactive"
+    ) -> tuple[dict[str, int], float]:
         """Requests per model in the queue, those in flight at agents included, and when.
 
         The time is unix seconds by the server's clock, just before it counted.
         """
         asked_at = time.monotonic()
         info = await self._bus.jetstream(
-            f"STREAM.INFO.{names.STREAM_REQUESTS}",
+            f"STREAM.INFO.{names.request_stream(klass)}",
             {"subjects_filter": f"{names.PREFIX}.requests.>"},
         )
         depths: dict[str, int] = {}
@@ -156,7 +166,7 @@ class WorkQueue:
 
 
 class Puller:
-    """Pulls one model's requests for one replica, never more than asked for by `want`.
+    """Pulls one model's requests of one class for one replica, never more than asked for by `want`.
 
     A pull stays open at the server until its batch is used up or it expires; it is then
     answered by a status that says how many were still to come. Requests arrive under their
@@ -164,9 +174,15 @@ class Puller:
     """
 
     def __init__(
-        self, bus: Bus, model: str, on_delivery: Callable[[Delivery], Awaitable[None]]
+        self,
+        bus: Bus,
+        model: str,
+        on_delivery: Callable[[Delivery], Awaitable[None]],
+        klass: names.RequestClass = "interactive",
     ) -> None:
         self.model = model
+        self._klass = klass
+        self._stream = names.request_stream(klass)
         self._bus = bus
         self._on_delivery = on_delivery
         self._consumer = names.consumer_name(model)
@@ -199,7 +215,7 @@ class Puller:
             "priority": 0,
         }
         await self._bus.publish_raw(
-            f"$JS.API.CONSUMER.MSG.NEXT.{names.STREAM_REQUESTS}.{self._consumer}",
+            f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self._consumer}",
             msgspec.json.encode(body),
             reply=self._inbox,
         )
@@ -223,7 +239,9 @@ class Puller:
         async with self._arming:  # a reconnect and a pull that ended may both want it
             self._leave_inbox()
             self._num_asked = 0
-            self._inbox = inbox = self._bus.new_inbox(f"pull.{names.escape(self.model)}")
+            self._inbox = inbox = self._bus.new_inbox(
+                f"pull.{self._klass}.{names.escape(self.model)}"
+            )
 
             async def on_raw(raw: RawMessage) -> None:
                 if raw.headers.get("Status"):
@@ -243,17 +261,17 @@ class Puller:
     async def _create_consumer(self) -> None:
         config: dict[str, Any] = {
             "durable_name": self._consumer,
-            "filter_subject": f"{names.PREFIX}.requests.*.{names.escape(self.model)}",
+            "filter_subject": names.request_subject(self._klass, self.model),
             "ack_policy": "explicit",
             "ack_wait": int(REDELIVER_AFTER_S * NS),
             "max_ack_pending": 10_000,
-            "inactive_threshold": int(_CONSUMER_IDLE_S * NS),
+            "inactive_threshold": int(_CONSUMER_IDLE_S[self._klass] * NS),
             "priority_policy": "prioritized",
             "priority_groups": [PRIORITY_GROUP],
         }
         await self._bus.jetstream(
-            f"CONSUMER.CREATE.{names.STREAM_REQUESTS}.{self._consumer}",
-            {"stream_name": names.STREAM_REQUESTS, "config": config, "action": ""},
+            f"CONSUMER.CREATE.{self._stream}.{self._consumer}",
+            {"stream_name": self._stream, "config": config, "action": ""},
         )
 
     async def _on_status(self, inbox: str, raw: RawMessage) -> None:

@@ -126,10 +126,11 @@ class DemoClient:
             "max_tokens": max_tokens,
             "temperature": 0,
             "stream": True,
+            "stream_options": {"include_usage": True},
             "ignore_eos": True,
         }
         sent_at, began = time.time(), time.perf_counter()
-        ttft_s, text = 0.0, ""
+        ttft_s, text, start = 0.0, "", ""
         async with self._http.stream("POST", "/v1/completions", json=body) as response:
             if response.status_code != 200:
                 words = (await response.aread()).decode(errors="replace")
@@ -143,7 +144,8 @@ class DemoClient:
                 if chunk["choices"]:
                     ttft_s = ttft_s or time.perf_counter() - began
                     text += chunk["choices"][0]["text"]
-            start = response.headers.get("x-hotswap-start", "")
+                elif "hotswap" in chunk:  # the headers left before a long wait was over
+                    start = chunk["hotswap"]["start"]
             request_id = response.headers["x-request-id"]
         ended = await self._ended(request_id, mark)
         if ended.prompt_tokens != prompt_tokens:

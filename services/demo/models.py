@@ -31,17 +31,29 @@ from transformers import (
 
 from services.demo.text import ENGLISH
 
-FORMAT_VERSION: Final = 3  # raise it when anything below changes what is written
+FORMAT_VERSION: Final = 4  # raise it when anything below changes what is written
 MARKER: Final = "hotswap-demo.json"
 
 VOCAB_SIZE: Final = 32768
 BOS, EOS, PAD, TURN = "<|bos|>", "<|im_end|>", "<|pad|>", "<|im_start|>"
 SPECIAL_TOKENS: Final = (PAD, BOS, TURN, EOS)  # ids 0, 1, 2, 3
 
+# Tools and calls are written as Hermes and Qwen models do.
 CHAT_TEMPLATE: Final = (
     "{{ bos_token }}"
+    "{% if tools %}"
+    "{{ '<|im_start|>system\\nYou can call these functions:\\n<tools>\\n' }}"
+    "{% for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}"
+    "{{ '</tools>\\nTo call one, write its name and arguments as JSON:\\n<tool_call>\\n' }}"
+    '{{ \'{"name": ..., "arguments": {...}}\\n</tool_call><|im_end|>\\n\' }}'
+    "{% endif %}"
     "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{{ '\\n<tool_call>\\n{\"name\": ' + call['function']['name'] | tojson }}"
+    "{{ ', \"arguments\": ' + call['function']['arguments'] | tojson + '}\\n</tool_call>' }}"
+    "{% endfor %}"
+    "{{ '<|im_end|>' + '\\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )

@@ -16,13 +16,13 @@ Afterwards: TypeAlias = Callable[[], Outbox]
 class Background:
     """One thread for slow jobs, and a pipe that wakes the loop when something came of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "background") -> None:
         self._jobs: queue.SimpleQueue[Callable[[], Afterwards]] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Afterwards] = queue.SimpleQueue()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         # A daemon: a load that is under way must not hold up the end of the process.
-        threading.Thread(target=self._run, name="background", daemon=True).start()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def fileno(self) -> int:
         """Readable when `collect` has something."""

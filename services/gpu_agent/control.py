@@ -5,6 +5,7 @@ operation at a time. Here everything comes together, and what is stale is turned
 
     leaders  ---> raise the epoch, and are sent our status
     commands ---> fenced by epoch and generation ---> `Operations` ---> worker
+    questions about tokens -> `Tokenizing` -------------------------> worker
     requests ---> `Pull`, by free slots -----------> `Serving` ------> worker
     worker  ----> `Outcomes` or `Serving` -------> `Reporter`, chunks
 """
@@ -27,6 +28,7 @@ from services.gpu_agent.pulling import Pull
 from services.gpu_agent.replicas import Replica
 from services.gpu_agent.reporter import Reporter
 from services.gpu_agent.serving import Serving
+from services.gpu_agent.tokenizing import Tokenizing
 from services.gpu_agent.worker_link import STOP_GRACE_S, WorkerKeeper
 from services.settings import GpuSettings
 
@@ -71,6 +73,7 @@ class AgentControl:
             gpu, lock_fd, images, self._greeting, self._on_worker, self._on_worker_death
         )
         self.serving = Serving(bus, self.gpu, self.reporter, self.worker.send, self._freed)
+        self.tokenizing = Tokenizing(bus, self.worker.send)
         self.operations = Operations(
             self.gpu,
             self.reporter,
@@ -78,6 +81,7 @@ class AgentControl:
             self._changed,
             self.serving.preempt,
             self.serving.end_all,
+            self.serving.hand_back,
         )
         self.outcomes = Outcomes(
             self.gpu,
@@ -120,6 +124,7 @@ class AgentControl:
     async def stop(self) -> None:
         """Hand back what is still here, end the worker, say goodbye."""
         await self.drain(0.0)
+        await self.tokenizing.close()
         await self.worker.stop(STOP_GRACE_S if self.ready else 0.0)
         if self._is_open:
             await self.reporter.event(AgentStopped(self.gpu, self.instance, time.time()))
@@ -255,6 +260,7 @@ class AgentControl:
                 replica.move("cold", reason)
                 self.reporter.residency(replica.residency(self.gpu))
         await self.serving.worker_died(reason)
+        await self.tokenizing.give_up(reason)
         if self._is_open:
             await self.reporter.event(WorkerDied(self.gpu, time.time(), reason))
         await self.publish_status()
@@ -271,6 +277,8 @@ class AgentControl:
                 await self.serving.on_done(message)
             case ipc.Broke():
                 await self.serving.on_broke(message)
+            case ipc.TokenizeAnswered():
+                await self.tokenizing.on_answer(message)
             case ipc.Ready():
                 self.ready = message
                 if self._is_open:
@@ -278,6 +286,10 @@ class AgentControl:
             case _:
                 if replica := self.replicas.get(message.model):  # else it is forgotten by now
                     await self.outcomes.on_answer(message, replica)
+                if isinstance(message, ipc.Registered):
+                    await self.tokenizing.open(message.model)
+                elif isinstance(message, ipc.Forgotten):
+                    await self.tokenizing.forget(message.model)
 
 
 def _may_change(replica: Replica, command: Register) -> bool:

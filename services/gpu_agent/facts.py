@@ -10,6 +10,7 @@ from services.gpu_agent.loader import LoadPlan
 from services.gpu_agent.pages import PagePool
 from services.gpu_agent.probe import Examined, KVGeometry
 from services.gpu_agent.runner import Pooling
+from services.gpu_agent.tool_format import find_tool_format
 
 
 def find_facts(
@@ -38,6 +39,7 @@ def find_facts(
         max_batch=spec.max_batch,
         runner="embed" if pooling else "generate",
         dimensions=examined.width if pooling else 0,
+        tool_format="" if pooling else find_tool_format(plan.checkpoint.folder),
     )
 
 

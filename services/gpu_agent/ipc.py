@@ -3,15 +3,17 @@
 The two are separate processes so that a busy interpreter lock in the engine never delays
 the bus. They talk over one Unix stream socket: a 4-byte big-endian length, then msgpack.
 
-    control -> worker   Register  Load  SwapIn  SwapOut  Forget  Verify  Submit  Cancel  Shutdown
+    control -> worker   Register  Load  SwapIn  SwapOut  Forget  Verify  Tokenize
+                        Submit  Cancel  Shutdown
     worker -> control   Ready  Registered  LoadProgress  Loaded  Arriving  SwappedIn
                         SwapInCancelled  SwappedOut  Unloaded  Forgotten  Verified  Corrupted
-                        OpFailed
+                        OpFailed  TokenizeAnswered
                         Begun  Produced  Embedded  Done  Broke   (of a request; the last two end it)
 
 The worker answers every Register, Load, SwapOut and Forget exactly once, every SwapIn with Arriving
 and then exactly one of SwappedIn, SwapInCancelled and OpFailed (or with OpFailed alone), every
-Verify with Verified, Corrupted or OpFailed, and every Submit with exactly one Done or Broke.
+Verify with Verified, Corrupted or OpFailed, every Tokenize with TokenizeAnswered (in the order in
+which they came, but beside all else), and every Submit with exactly one Done or Broke.
 Nothing of a model is Produced or Embedded before its SwappedIn.
 """
 
@@ -22,6 +24,7 @@ import msgspec
 from schemas.requests import Request
 from schemas.state import ModelFacts, ModelSpec, SwapTrace
 from schemas.stream import ErrorCode, FinishReason, PromptTold, TokenLogprobs
+from schemas.tokenize import TokenizeAnswer, TokenizeAsk
 
 MAX_FRAME_BYTES = 64 * 2**20
 
@@ -64,6 +67,11 @@ class Verify(msgspec.Struct, frozen=True, tag=True):
     model: str
 
 
+class Tokenize(msgspec.Struct, frozen=True, tag=True):
+    ticket: int
+    ask: TokenizeAsk
+
+
 class Submit(msgspec.Struct, frozen=True, tag=True):
     request: Request
 
@@ -77,7 +85,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 
 
 ToWorker: TypeAlias = (
-    Register | Load | SwapIn | SwapOut | Forget | Verify | Submit | Cancel | Shutdown
+    Register | Load | SwapIn | SwapOut | Forget | Verify | Tokenize | Submit | Cancel | Shutdown
 )
 
 
@@ -194,6 +202,11 @@ class OpFailed(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
+class TokenizeAnswered(msgspec.Struct, frozen=True, tag=True):
+    ticket: int
+    answer: TokenizeAnswer
+
+
 class Begun(msgspec.Struct, frozen=True, tag=True):
     """Admitted to the batch; prefill starts. ``at`` is unix seconds."""
 
@@ -251,6 +264,7 @@ FromWorker: TypeAlias = (
     | Verified
     | Corrupted
     | OpFailed
+    | TokenizeAnswered
     | Begun
     | Produced
     | Embedded

@@ -54,7 +54,7 @@ _OPS: dict[type, Op] = {
 class Operations:
     """Carries out commands. ``send``: to the worker; ``changed``: tell everybody; ``preempt``: a
     replica leaves with its requests; ``end_all``: its requests end with an error,
-    for the reason that is given.
+    for the reason that is given; ``hand_back``: they go back to the queue.
 
     ``contexts``: model -> trace context of what it works on.
     """
@@ -67,6 +67,7 @@ class Operations:
         changed: Callable[[Replica], Awaitable[None]],
         preempt: Callable[[Replica], Awaitable[None]],
         end_all: Callable[[Replica, str], Awaitable[None]],
+        hand_back: Callable[[Replica], Awaitable[None]],
     ) -> None:
         self.contexts: dict[str, Context] = {}
         self._gpu = gpu
@@ -75,6 +76,7 @@ class Operations:
         self._changed = changed
         self._preempt = preempt
         self._end_all = end_all
+        self._hand_back = hand_back
 
     async def register(self, command: Register, replica: Replica) -> None:
         replica.generation = command.generation
@@ -131,6 +133,8 @@ class Operations:
             case Unload(), "host" | "cold" | "failed":
                 if command.end_requests:
                     await self._end_all(replica, command.end_requests)
+                else:
+                    await self._hand_back(replica)
                 if not replica.is_leaving:
                     replica.is_leaving = True
                     self._send(ipc.Forget(command.model))

@@ -177,7 +177,6 @@ class Outcomes:
         model = replica.spec.name
         del self._replicas[model]
         self._operations.contexts.pop(model, None)
-        await self._serving.hand_back(replica)
         self._reporter.forget_residency(model)
         await self._operations.unloaded(model, replica.generation, num_bytes)
         await self._status()

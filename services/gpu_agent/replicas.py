@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from schemas.names import RequestClass
 from schemas.state import (
     ModelFacts,
     ModelSpec,
@@ -51,6 +52,8 @@ class Replica:
     drain_started_at: float = 0.0
     pull: Pull | None = None  # while it may take requests
     in_flight: set[str] = field(default_factory=set)  # request ids admitted here; suspended in host
+    # Those of them that are of class batch, the newest last.
+    batch_in_flight: dict[str, None] = field(default_factory=dict)
     changed_at: float = field(default_factory=time.time)
 
     @property
@@ -58,11 +61,13 @@ class Replica:
         """Whether its batch takes requests: resident, or about to be."""
         return self.state == "resident" or self.is_arriving
 
-    @property
-    def num_free(self) -> int:
-        """Requests that may join the batch now."""
+    def num_free(self, klass: RequestClass) -> int:
+        """Requests that may join the batch now. Interactive ones take the slots of the others."""
         most = self.facts.max_batch if self.facts else 0
-        return max(0, most - len(self.in_flight)) if self.is_open else 0
+        taken = len(self.in_flight)
+        if klass == "interactive":
+            taken -= len(self.batch_in_flight)
+        return max(0, most - taken) if self.is_open else 0
 
     def move(self, state: ReplicaState, reason: str = "") -> None:
         self.state = state
@@ -93,6 +98,7 @@ class Replica:
             reason=self.reason,
             cached_bytes=self.cached_bytes,
             settings=self.settings,
+            batch_in_flight=len(self.batch_in_flight),
         )
 
     def residency(self, gpu: str) -> ResidencyRecord:

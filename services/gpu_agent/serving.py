@@ -11,9 +11,12 @@
                   ones are given up: Failed to the api, ack         RequestEnded
     hand_back     nak, for one replica whose weights failed or were dropped
     preempt       nak, for those of one replica that the worker has not got yet
+    _make_room    nak, for one of class batch whose slot an interactive request takes
     suspended     nothing is told: the others wait in the worker until `resumed`
     release       nothing: another agent goes on with it
     finish        nak: whoever gets it next ends it
+
+Requests of class batch are answered as one: nobody waits for their tokens one by one.
 
 Where nobody listens to the chunks any more (the api died, or gave up), the server says so, and
 the request is cancelled.
@@ -56,6 +59,7 @@ from services.gpu_agent.telling import InFlight, Telling
 log = logging.getLogger(__name__)
 
 _REMEMBERED = 4096
+_COME_BACK_S = 1.0  # a batch request that found no slot: no sooner
 
 Outcome: TypeAlias = Literal["stop", "length", "cancelled", "failed"]
 
@@ -111,11 +115,17 @@ class Serving:
             await self._fail(flight, "deadline_exceeded", "the request's deadline passed in queue")
         elif not replica.is_open:
             await self._settle(delivery.nak())
+        elif request.klass == "batch" and not replica.num_free("batch"):
+            await self._settle(delivery.nak(_COME_BACK_S))
         else:
+            if not replica.num_free("batch") and replica.batch_in_flight:
+                await self._make_room(replica)
             self.in_flight[request.request_id] = flight
             self._idle.clear()
             replica.in_flight.add(request.request_id)
-            if attempt > 1:
+            if request.klass == "batch":
+                replica.batch_in_flight[request.request_id] = None
+            elif attempt > 1:
                 self._resumption.ask(flight)
                 return
             self._line.append(flight)
@@ -139,6 +149,17 @@ class Serving:
             )
         self._line.append(flight)
         await self._submit_line()
+
+    async def _make_room(self, replica: Replica) -> None:
+        """The request of class batch that came last gives its slot back, and is run again later.
+
+        The least work is lost with it, and what it had in the KV cache may still be there then.
+        """
+        flight = self.in_flight[next(reversed(replica.batch_in_flight))]
+        if flight.is_submitted:
+            self._send(ipc.Cancel(flight.request.request_id))
+        self._forget(flight)
+        await self._settle(flight.delivery.nak(_COME_BACK_S))
 
     async def _submit_line(self) -> None:
         """Give the worker what it may have now, first come first served."""
@@ -167,6 +188,7 @@ class Serving:
                 flight.attempt,
                 wait_s,
                 request.tenant,
+                request.klass,
             )
         )
         self._telling.span(flight, telemetry.SPAN_QUEUE_WAIT, request.created_at, now)
@@ -227,7 +249,7 @@ class Serving:
                 message.logprobs,
                 message.prompt,
             )
-            await self._telling.publish(flight.request, chunk)
+            await self._telling.tokens(flight, chunk)
 
     async def on_embedded(self, message: ipc.Embedded) -> None:
         if flight := self.in_flight.get(message.request_id):
@@ -245,6 +267,7 @@ class Serving:
         flight = self.in_flight.get(message.request_id)
         if not flight:
             return
+        await self._telling.tell_held(flight)
         chunk = self._telling.finished(flight, message)
         flight.num_tokens = message.completion_tokens
         flight.prompt_tokens = message.prompt_tokens
@@ -375,6 +398,7 @@ class Serving:
                 error=error,
                 tenant=flight.request.tenant,
                 prefix_tokens=flight.num_prefix,
+                klass=flight.request.klass,
             )
         )
         await self._freed(flight.replica)
@@ -394,6 +418,7 @@ class Serving:
         if not self.in_flight:
             self._idle.set()
         flight.replica.in_flight.discard(request_id)
+        flight.replica.batch_in_flight.pop(request_id, None)
 
     # A full or closed bus loses what is said; state moves on all the same: the queue delivers
     # again what was not acknowledged.

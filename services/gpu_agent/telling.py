@@ -6,11 +6,11 @@ died, or gave up), the server answers "no responders" there.
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from schemas.events import FirstTokenSent
 from schemas.requests import EmbedRequest, GenerateRequest, Request
-from schemas.stream import Chunk, Finished, RequestTiming, Started
+from schemas.stream import Chunk, Finished, RequestTiming, Started, Tokens
 from services import telemetry
 from services.bus import Bus, BusError, Delivery
 from services.gpu_agent import ipc
@@ -18,6 +18,9 @@ from services.gpu_agent.replicas import Replica
 from services.gpu_agent.reporter import Reporter
 
 log = logging.getLogger(__name__)
+
+_MOST_HELD = 4096  # tokens of a batch request that are told as one; with all that is told of each,
+_MOST_HELD_WITH_LOGPROBS = 256  # of so many, a message stays below 1 MB
 
 
 @dataclass(eq=False)
@@ -34,6 +37,7 @@ class InFlight:
     begun_at: float = 0.0
     prompt_tokens: int = 0
     num_tokens: int = 0
+    held: list[Tokens] = field(default_factory=list)  # of class batch: not told yet
 
     @property
     def request(self) -> Request:
@@ -69,6 +73,22 @@ class Telling:
             await self._bus.publish(request.reply_to, chunk, reply=reply)
         except BusError as error:
             log.warning("lost a chunk of request %s: %s", request.request_id, error)
+
+    async def tokens(self, flight: InFlight, chunk: Tokens) -> None:
+        """Tell them now; those of a batch request when it ends, or when they are many."""
+        if flight.request.klass != "batch":
+            await self.publish(flight.request, chunk)
+            return
+        flight.held.append(chunk)
+        most = _MOST_HELD_WITH_LOGPROBS if chunk.logprobs else _MOST_HELD
+        if sum(len(one.token_ids) for one in flight.held) >= most:
+            await self.tell_held(flight)
+
+    async def tell_held(self, flight: InFlight) -> None:
+        """Tell what was held back, as one."""
+        if held := flight.held:
+            flight.held = []
+            await self.publish(flight.request, _joined(held))
 
     async def announce(self, flight: InFlight) -> None:
         """Tell the api that ``flight`` has begun, once; with the swap-in that it waited for."""
@@ -139,3 +159,16 @@ class Telling:
             request_id=flight.request.request_id,
             attempt=flight.attempt,
         )
+
+
+def _joined(chunks: list[Tokens]) -> Tokens:
+    """Consecutive chunks of one attempt as one."""
+    first = chunks[0]
+    return Tokens(
+        first.request_id,
+        first.attempt,
+        first.index,
+        tuple(token for chunk in chunks for token in chunk.token_ids),
+        "".join(chunk.text for chunk in chunks),
+        tuple(one for chunk in chunks for one in chunk.logprobs),
+    )

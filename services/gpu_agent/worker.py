@@ -14,7 +14,8 @@ handled, meanwhile; one that may make the step pointless (a cancellation, a swap
 for a model which need not wait, gives it up.
 
 Everything happens in the loop's thread but slow file work (loading a host image, fetching
-a model from the hub), which a background thread does one job after the other. The process
+a model from the hub), which a background thread does one job after the other, and texts that are
+only to be tokenized, for which there is another one. The process
 ends when it is told to, or at once when the socket closes: nobody is left to serve then.
 """
 
@@ -46,12 +47,14 @@ from huggingface_hub import constants
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from schemas.state import ModelSpec
+from schemas.tokenize import TokenizeFailed
 from services.gpu_agent import ceiling, device, ipc
 from services.gpu_agent.background import Afterwards, Background, Outbox
 from services.gpu_agent.device_cpu import available_bytes
 from services.gpu_agent.engine.decode_graph import record_cuda
-from services.gpu_agent.engine.library import EngineOptions, OnProgress
+from services.gpu_agent.engine.library import EngineOptions, OnProgress, not_registered
 from services.gpu_agent.engine.native import NativeEngine
+from services.gpu_agent.engine.tokenizing import TokenizerDesk
 from services.gpu_agent.pages import PagePool
 from services.gpu_agent.shared_images import ImageExchange
 
@@ -73,11 +76,13 @@ class Worker:
         self._frames = ipc.FrameReader()
         self._inbox: list[ipc.ToWorker] = []  # received, not handled yet
         self._background = Background()
+        self._texts, self._desk = Background("tokenizers"), TokenizerDesk()
         self._engine = NativeEngine(
             pool,
             options,
             interrupted=self._is_interrupted,
             on_swap_in_over=lambda: self._background.post(self._engine.poll),
+            on_ready=lambda: self._background.post(list),  # wakes the loop up, for a step
         )
         self._is_open = True
         self._send([ready])
@@ -86,7 +91,8 @@ class Worker:
         """Serve until told to stop. Raises ConnectionError when the other end is gone."""
         while self._is_open:
             timeout = 0 if self._engine.is_busy or self._inbox else self._longest_wait_s()
-            inputs = [self._sock.fileno(), self._background.fileno()]
+            others = (self._background, self._texts)
+            inputs = [self._sock.fileno(), *(other.fileno() for other in others)]
             readable, _, _ = select.select(inputs, [], [], timeout)
             out: Outbox = []
             if self._sock.fileno() in readable:
@@ -94,8 +100,9 @@ class Worker:
             inbox, self._inbox = self._inbox, []
             for message in inbox:
                 out += self._handle(message)
-            if self._background.fileno() in readable:
-                out += self._background.collect()
+            for other in others:
+                if other.fileno() in readable:
+                    out += other.collect()
             self._send(out)
             if self._is_open:
                 self._send(self._engine.step())
@@ -152,6 +159,8 @@ class Worker:
                 return [self._engine.forget(model)]
             case ipc.Verify(model):
                 return self._engine.verify(model)
+            case ipc.Tokenize():
+                return self._tokenize(message)
             case ipc.Submit(request):
                 return self._engine.submit(request)
             case ipc.Cancel(request_id):
@@ -171,6 +180,21 @@ class Worker:
             return lambda: [self._engine.register(spec, found)]
 
         self._background.submit(job)
+        return []
+
+    def _tokenize(self, message: ipc.Tokenize) -> Outbox:
+        ticket, ask = message.ticket, message.ask
+        try:
+            hosted = self._engine.registered(ask.model)
+        except KeyError:
+            failure = TokenizeFailed("model_unavailable", not_registered(ask.model))
+            return [ipc.TokenizeAnswered(ticket, failure)]
+
+        def job() -> Afterwards:
+            answer = self._desk.answer(hosted, ask)
+            return lambda: [ipc.TokenizeAnswered(ticket, answer)]
+
+        self._texts.submit(job)
         return []
 
     def _load(self, model: str) -> Outbox:

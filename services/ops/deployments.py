@@ -175,7 +175,7 @@ class _Desk:
         """Raises click.ClickException where it is refused."""
         subject = names.admin_subject(action_of(request), request.model)
         try:
-            answer = await self._bus.request(subject, request, AdminAnswer)
+            answer: AdminAnswer = await self._bus.request(subject, request, AdminAnswer)
         except NoResponder as error:
             raise click.ClickException("no scheduler leads; is `hotswap up` running?") from error
         if answer.outcome not in ("done", "accepted"):

@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import socket
+import ssl
 import sys
 from importlib import resources
 from pathlib import Path
@@ -36,6 +37,25 @@ class NatsPlan(msgspec.Struct, frozen=True):
         return [self.binary, "-c", str(self.config_file)]
 
 
+class ServerTls(msgspec.Struct, frozen=True):
+    """PEM files of a server, and the one that its clients check it with (empty: the system's)."""
+
+    cert: str
+    key: str
+    ca: str = ""
+
+    def check(self) -> None:
+        """Raises NatsServerError where the files can not be used."""
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.cert, self.key)
+        except (OSError, ValueError) as error:  # SSLError is an OSError
+            why = error.strerror if isinstance(error, FileNotFoundError) else error
+            raise NatsServerError(
+                f"nats: tls_cert = {self.cert!r}, tls_key = {self.key!r} can not be used: {why}. "
+                "Both must be PEM files, and belong together"
+            ) from error
+
+
 def find_binary() -> str:
     """The nats-server of this environment, else of PATH. Raises NatsServerError."""
     beside_python = Path(sys.executable).parent / "nats-server"
@@ -57,18 +77,24 @@ def write_config(
     http_port: int = 8222,
     store_dir: Path | None = None,
     advertised_host: str | None = None,
+    http_host: str | None = None,
+    tls: ServerTls | None = None,
 ) -> NatsPlan:
     """Fill the template into ``folder``, and write a .json and a .env credentials file per user.
 
     Passwords of an earlier run are kept, so that whoever holds a credentials file can go on
-    using it. Everything is readable by the owner only.
+    using it. Everything is readable by the owner only. With ``tls`` nobody gets in without it.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    url = f"nats://{advertised_host or host}:{port}"
+    url = f"{'tls' if tls else 'nats'}://{advertised_host or host}:{port}"
     files = {user: folder / f"{user}.json" for user in USERS}
     credentials = {
         user: BusOptions(
-            url=url, user=user, password=_password(path), inbox_prefix=f"_INBOX_{user}"
+            url=url,
+            user=user,
+            password=_password(path),
+            inbox_prefix=f"_INBOX_{user}",
+            tls_ca=tls.ca if tls else "",
         )
         for user, path in files.items()
     }
@@ -77,12 +103,15 @@ def write_config(
         _write_private(path, msgspec.json.format(msgspec.json.encode(options)))
         # The same for the nats command line, which reads these variables.
         env = f"NATS_URL={url}\nNATS_USER={user}\nNATS_PASSWORD={options.password}\n"
+        if options.tls_ca:
+            env += f"NATS_CA={options.tls_ca}\n"
         _write_private(path.with_suffix(".env"), env.encode())
     template = resources.files("deploy").joinpath("nats-server.conf.template").read_text()
     text = jinja2.Template(template, undefined=jinja2.StrictUndefined).render(
         server_name="hotswap",
         listen=f"{host}:{port}",
-        http=f"{host}:{http_port}",
+        http=f"{http_host or host}:{http_port}",
+        tls=tls,
         store_dir=store_dir or folder,
         users={user: options.password for user, options in credentials.items()},
     )

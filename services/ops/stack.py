@@ -7,6 +7,7 @@ credentials that can not be read, a server that does not answer.
 import asyncio
 import logging
 import socket
+import ssl
 import sys
 import urllib.error
 import urllib.request
@@ -53,7 +54,7 @@ async def start(
     if settings.nats.url:
         files = dict.fromkeys(nats_server.USERS, Path(settings.nats.creds))
         nats_url = settings.nats.url
-        options = BusOptions.read(Path(settings.nats.creds), url=nats_url)
+        options = BusOptions.read(Path(settings.nats.creds), nats_url, settings.nats.tls_ca)
         await (await Bus.connect(options, service="up", patience_s=NATS_PATIENCE_S)).close()
     else:
         plan = _write_nats_config(settings)
@@ -69,15 +70,25 @@ async def start(
     for gpu in gpus:
         await _start(supervisor, service(f"agent-{gpu.name}", "agent", "--gpu", gpu.name))
     await _start(supervisor, service("api", "api"))
-    return Endpoints(f"http://{_reachable(settings.api.host)}:{settings.api.port}", nats_url, files)
+    scheme = "https" if settings.api.tls_cert else "http"
+    url = f"{scheme}://{_reachable(settings.api.host)}:{settings.api.port}"
+    return Endpoints(url, nats_url, files)
 
 
 def _write_nats_config(settings: Settings) -> nats_server.NatsPlan:
+    nats = settings.nats
+    tls = nats_server.ServerTls(nats.tls_cert, nats.tls_key, nats.tls_ca) if nats.tls_cert else None
+    if tls:
+        tls.check()
     try:
         return nats_server.write_config(
             settings.state_path / "nats",
-            port=nats_server.free_port(settings.nats.port),
-            http_port=nats_server.free_port(settings.nats.http_port),
+            host=nats.host,
+            port=nats_server.free_port(nats.port, nats.host),
+            http_host="127.0.0.1",
+            http_port=nats_server.free_port(nats.http_port),
+            advertised_host=nats.advertised_host or _reachable(nats.host),
+            tls=tls,
         )
     except OSError as error:
         raise StackError(f"state_dir = {settings.state_dir!r} can not be used: {error}") from error
@@ -108,8 +119,10 @@ async def wait_ready(supervisor: Supervisor, endpoints: Endpoints, patience_s: f
 
 def _probe(url: str) -> str:
     """Empty when ready, else the reason."""
+    # It is our own child, and its certificate may well name another host.
+    context = ssl._create_unverified_context() if url.startswith("https:") else None
     try:
-        with urllib.request.urlopen(url, timeout=2):
+        with urllib.request.urlopen(url, timeout=2, context=context):
             return ""
     except urllib.error.HTTPError as error:
         return error.read().decode(errors="replace")[:500]

@@ -12,17 +12,21 @@ from rich.table import Table
 
 from schemas import names
 from schemas.state import AgentStatus, DeploymentRecord, ReplicaStatus
-from services.bus import Bucket, Bus, BusOptions, Message
+from services.bus import Bucket, Bus, BusOptions, Message, WorkQueue
 
 _LISTEN_S = 1.3  # a little over the agents' heartbeat
 
 
 @dataclass
 class Snapshot:
-    """What the bus said: agents by gpu, deployments by model."""
+    """What the bus said: agents by gpu, deployments by model.
+
+    ``batch_queue``: requests of class batch that are not answered yet, by model.
+    """
 
     agents: dict[str, AgentStatus] = field(default_factory=dict)
     deployments: dict[str, DeploymentRecord] = field(default_factory=dict)
+    batch_queue: dict[str, int] = field(default_factory=dict)
 
 
 async def take(options: BusOptions) -> Snapshot:
@@ -35,6 +39,7 @@ async def take(options: BusOptions) -> Snapshot:
 
     try:
         await bus.subscribe(names.status_subject(), AgentStatus, on_status)
+        snapshot.batch_queue, _ = await WorkQueue(bus).depths("batch")
         records = await Bucket(bus, names.BUCKET_MODELS, DeploymentRecord).items()
         snapshot.deployments = {record.spec.name: record for record in records.values()}
         await asyncio.sleep(_LISTEN_S)
@@ -50,6 +55,7 @@ async def run(options: BusOptions, as_json: bool) -> None:
         parts: dict[str, Any] = {
             "agents": msgspec.to_builtins(snapshot.agents),
             "deployments": msgspec.to_builtins(snapshot.deployments),
+            "batch_queue": snapshot.batch_queue,
         }
         print(json.dumps(parts, indent=2))
         return
@@ -96,6 +102,9 @@ def _model_table(snapshot: Snapshot) -> Table:
             _mib(facts.kv_bytes) if facts else "-",
             str(facts.max_model_len) if facts else "-",
         )
+    if snapshot.batch_queue:
+        queued = [f"{num} for {model}" for model, num in sorted(snapshot.batch_queue.items())]
+        table.caption = f"requests of class batch in the queue: {', '.join(queued)}"
     return table
 
 

@@ -41,22 +41,23 @@ def absorb(state: ClusterState, event: Input, now: float) -> None:
     """Move the belief by ``event``, seen at ``now`` (unix seconds)."""
     match event:
         case Demand():
-            if event.model in state.deployments:
+            if event.model in state.deployments and event.klass == "interactive":
                 state.tempo(event.model).note_demand(event.at)
             who = (event.request_id, event.model, event.klass, event.at, event.tenant)
-            state.add_waiter(Waiter(*who), now)
+            state.add_waiter(Waiter(*who), now, event.window_s)
         case RequestStarted():
-            state.remove_waiter(event.model, event.request_id, event.at)
-            _started(state, event, now)
+            waiter = state.remove_waiter(event.model, event.request_id, event.at)
+            _started(state, event, waiter, now)
         case RequestEnded():
             state.remove_waiter(event.model, event.request_id, event.at)
             _ended(state, event, now)
         case RequestWithdrawn():
             waiter = state.remove_waiter(event.model, event.request_id, event.at)
-            if waiter and waiter.tenant is not None and state.config.fair_shares:
+            is_charged = waiter is not None and waiter.klass == "interactive"
+            if waiter and is_charged and waiter.tenant is not None and state.config.fair_shares:
                 state.shares.refund(waiter.tenant, now)
         case QueueDepths():
-            state.match_depths(event.depths, event.at)
+            state.match_depths(event.depths, event.at, event.klass)
         case AgentStatus():
             agent = state.agent(event.gpu)
             if not agent.replicas:
@@ -174,11 +175,17 @@ def _unload(state: ClusterState, event: ModelUnloaded, now: float) -> None:
     replica.in_flight = 0
 
 
-def _started(state: ClusterState, event: RequestStarted, now: float) -> None:
-    """Between statuses; the next status sets it right if an event was lost or came twice."""
+def _started(state: ClusterState, event: RequestStarted, waiter: Waiter | None, now: float) -> None:
+    """Between statuses; the next status sets it right if an event was lost or came twice.
+
+    ``waiter``: what was in line for it, as far as known.
+    """
     replica = state.find_replica(event.gpu, event.model)
     if replica:
-        if state.config.fair_shares:
+        if event.klass == "batch":
+            late_s = waiter.put_back_s if waiter else state.config.batch_patience_s
+            replica.batch_late_at = (waiter.at if waiter else now) + late_s
+        elif state.config.fair_shares:
             place = (event.gpu, event.model)
             state.shares.note_start(place, event.tenant, is_first=not replica.in_flight)
         # On average over its requests; the newest has no slack yet.
@@ -186,6 +193,8 @@ def _started(state: ClusterState, event: RequestStarted, now: float) -> None:
         slack_s = state.slack_s(replica, now) if num else 0.0
         replica.slack_s, replica.slack_at = slack_s * num / (num + 1), now
         replica.in_flight += 1
+        if event.klass == "batch":
+            replica.batch_in_flight += 1
         replica.last_used = now
         if replica.is_suspended:  # a late event: they are due at another time now
             state.index.changed.turns[event.model] = None
@@ -193,14 +202,17 @@ def _started(state: ClusterState, event: RequestStarted, now: float) -> None:
 
 
 def _ended(state: ClusterState, event: RequestEnded, now: float) -> None:
-    if state.config.fair_shares:
+    is_shared = state.config.fair_shares and event.klass == "interactive"
+    if is_shared:
         took_s = event.timing.prefill_s + event.timing.decode_s
         state.shares.settle(event.tenant, took_s, now)
     replica = state.find_replica(event.gpu, event.model)
     if replica:
         num = replica.in_flight
+        if event.klass == "batch":
+            replica.batch_in_flight = max(0, replica.batch_in_flight - 1)
         replica.in_flight = max(0, num - 1)
-        if state.config.fair_shares:
+        if is_shared:
             state.shares.note_end((event.gpu, event.model), event.tenant, is_last=num <= 1)
         replica.last_used = now
         timing = event.timing

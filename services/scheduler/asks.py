@@ -54,8 +54,7 @@ def _swap_in(state: ClusterState, ask: SwapInDeployment, now: float) -> AdminAns
     if any(a.gpu in device and device[a.gpu].state == "resident" for a in agents):
         return AdminAnswer("done", f"{ask.model} is resident already")
     waits_for = _refuse_without_room(state, ask.model, agents)
-    state.wishes[ask.model] = Wish(ask.model, ask.gpu, now, ask.until)
-    state.index.changed.turns[ask.model] = None
+    state.add_wish(Wish(ask.model, ask.gpu, now, ask.until))
     return AdminAnswer("accepted", waits_for)
 
 
@@ -72,7 +71,7 @@ def _swap_out(
     if stuck := [r for r in there if r.serves and not _may_leave(r)]:
         words = f"{ask.model} is busy on {stuck[0].gpu} with what it was told before; try again"
         raise _Refused(AdminAnswer("conflict", words))
-    state.wishes.pop(ask.model, None)
+    state.drop_wish(ask.model)
     if ask.model in state.moves:
         state.drop_move(ask.model)
     if ask.model in state.plans and ask.gpu in ("", state.plans[ask.model].gpu):
@@ -112,7 +111,7 @@ def _move(state: ClusterState, ask: MoveDeployment, now: float) -> AdminAnswer:
     waits_for = ""
     if ask.gpu not in device:
         waits_for = _refuse_without_room(state, model, [target])
-    state.wishes.pop(model, None)
+    state.drop_wish(model)
     state.add_move(Move(model, ask.source, ask.gpu, now, ask.until))
     return AdminAnswer("accepted", waits_for)
 

@@ -53,8 +53,9 @@ def remove(state: ClusterState, model: str, end_requests: str) -> None:
     """Forget all that was wanted of ``model``; its replicas are left to `tend`."""
     if state.deployments.pop(model, None) is None:
         return
-    for kept in (state.with_ttl, state.fingerprints, state.tempos, state.moved_at, state.wishes):
+    for kept in (state.with_ttl, state.fingerprints, state.tempos, state.moved_at):
         kept.pop(model, None)
+    state.drop_wish(model)
     if model in state.plans:
         state.drop_plan(model)
     if model in state.moves:
@@ -112,8 +113,7 @@ def tend(state: ClusterState, now: float) -> list[Command]:
         device = state.index.of(wish.model).device
         there = [device[wish.gpu]] if wish.gpu in device else [] if wish.gpu else device.values()
         if now > wish.until or any(r.state == "resident" for r in there):
-            del state.wishes[wish.model]
-            state.index.changed.turns[wish.model] = None
+            state.drop_wish(wish.model)
     commands: list[Command] = []
     for model in list(state.unwelcome):
         is_over = True

@@ -27,6 +27,7 @@ from schemas.commands import Command
 from schemas.events import RequestEnded, RequestStarted, RequestWithdrawn
 from services.scheduler import (
     asks,
+    batches,
     changes,
     eviction,
     housekeeping,
@@ -89,7 +90,7 @@ def _serve(state: ClusterState, now: float, most: int) -> list[Command]:
     plans = [
         plan
         for plan in state.plans.values()
-        if most or plan.model in changed.turns or plan.gpu in changed.agents
+        if most or plan.model in changed.turns or plan.gpu in changed.agents or plan.is_batch
     ]
     models, one_has_left = state.line.refresh(state)
     has_more_room = _refresh_rooms(state) or one_has_left
@@ -136,7 +137,7 @@ def _serve_turn(state: ClusterState, turn: turns.Turn, now: float) -> list[Comma
     elif placement.action == "claim":
         state.holds.claim(turn.model, placement.gpu, replica.footprint_bytes)
     else:
-        state.add_plan(Plan(turn.model, placement.gpu, turn.request_id))
+        state.add_plan(Plan(turn.model, placement.gpu, turn.request_id, turn.is_batch))
     return commands
 
 
@@ -158,6 +159,7 @@ def _evict(
     state: ClusterState, victim: Replica, turn: turns.Turn, action: policy.Action, now: float
 ) -> Command:
     preempt = action == "evict" and not state.is_idle(victim) and victims.may_preempt(state, victim)
+    preempt = preempt and state.config.preemption != "off"  # class batch then ends what it began
     eviction.note_eviction(state, victim)
     return command(state, victim, "swap_out", now, turn.request_id, preempt=preempt)
 
@@ -165,7 +167,8 @@ def _evict(
 def _follow_plans(state: ClusterState, plans: list[Plan], now: float) -> list[Command]:
     """Go on with what was begun, in the order in which it was begun:
 
-    1. nobody waits for it there any more, or it can not be done: call it off.
+    1. nobody waits for it there any more, or it can not be done, or it is for class batch and
+       somebody else waits now: call it off.
     2. the bytes are there: swap in.
     3. the bytes are on their way out: they stay claimed.
     4. they are not (a victim would not leave): call it off, back in line by its own turn.
@@ -180,7 +183,7 @@ def _follow_plans(state: ClusterState, plans: list[Plan], now: float) -> list[Co
             agent.is_usable and replica.state == "host" and policy.can_host(agent, replica, now)
         )
         turn = turns.turn_at(state, model, plan.gpu)
-        if turn is None or not possible:  # 1
+        if turn is None or not possible or batches.gives_way(state, turn, now):  # 1
             reasons.note_plan(state, turn, replica, "call_off", now)
             state.drop_plan(model)
         elif spare >= size and agent.free_bytes >= size and not policy.rivals(state, replica):  # 2
@@ -234,6 +237,7 @@ def _cut_drains_short(state: ClusterState, now: float) -> list[Command]:
 def _swap_in(state: ClusterState, replica: Replica, turn: turns.Turn, now: float) -> Command:
     if turn.is_extra:
         state.tempo(turn.model).first_s = 0.0  # whether yet another one is due is to be seen
+    replica.came_late = turn.is_batch and not batches.is_put_back(turn, now)
     return command(
         state,
         replica,

@@ -64,10 +64,12 @@ class Demand(msgspec.Struct, frozen=True, tag="hotswap.scheduler.v1.demand"):
     klass: RequestClass
     at: float
     tenant: str = ""
+    window_s: float = 0.0  # how long it may stay in the queue; 0: nobody told
 
 
 class QueueDepths(msgspec.Struct, frozen=True, tag="hotswap.scheduler.v1.queue_depths"):
-    """How many requests the work queue held at ``at``, those in flight at agents included.
+    """How many requests the work queue of one class held at ``at``, those in flight at agents
+    included.
 
     Complete: a model that is not named has none. Take ``at`` before asking the stream, on the
     clock that `Demand.at` is read from: waiters younger than it are left alone.
@@ -75,6 +77,7 @@ class QueueDepths(msgspec.Struct, frozen=True, tag="hotswap.scheduler.v1.queue_d
 
     depths: dict[str, int]
     at: float
+    klass: RequestClass = "interactive"
 
 
 class AgentLost(msgspec.Struct, frozen=True, tag="hotswap.scheduler.v1.agent_lost"):

@@ -36,9 +36,9 @@ def faults(state: "ClusterState") -> list[str]:
         ]
     wrong += [
         f"{key} of {model!r}, which is not deployed"
-        for key in ("plans", "moves", "wishes", "with_ttl", "fingerprints")
+        for key in ("moves", "wishes", "with_ttl", "fingerprints")
         for model in getattr(state, key)
-        if model not in state.deployments and key != "plans"
+        if model not in state.deployments
     ]
     wrong += _line_faults(state)
     wrong += _plan_faults(state)

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from services.scheduler import host_memory
+from services.scheduler import batches, host_memory
 from services.scheduler.index import FEW
 from services.scheduler.lifecycle import LEAVING_STATES
 from services.scheduler.replica import Agent, Replica
@@ -21,6 +21,7 @@ from services.scheduler.state import ClusterState
 from services.scheduler.turns import Turn
 from services.scheduler.victims import (
     arrival_s,
+    batch_victims,
     busy_victims,
     choose_victims,
     idle_victims,
@@ -109,7 +110,8 @@ def is_loading_for_waiters(state: ClusterState, agent: Agent) -> bool:
 
 
 def is_overdue(state: ClusterState, turn: Turn, now: float) -> bool:
-    return now - turn.since > state.config.run_quantum_s
+    since = turn.waits_since if turn.is_batch else turn.since
+    return now - since > state.config.run_quantum_s
 
 
 def to_call_off(state: ClusterState, replica: Replica) -> bool:
@@ -201,7 +203,7 @@ def weigh(
        quantum if the turn has waited for very long, or if they serve only who has had more than a
        fair share and the turn is for others, and soon due: evict. They are preempted: their
        requests are suspended, and wait for their own turn. Those of a deployment that must not be
-       interrupted are drained.
+       interrupted are drained. Victims that serve only requests of class batch always can.
     6. no host image, and no room in sight: load, so that it is ready when there is.
     7. host image there, overdue: claim.
     8. no host image, and host memory is full of images of models on the device or with suspended
@@ -232,7 +234,8 @@ def weigh(
         claimed = agent.budget_bytes if is_closed else claims.get(agent.gpu, 0)
         claimed += agent.planned_bytes
         deficit = replica.footprint_bytes + claimed - free - agent.leaving_bytes
-        idle = _leaving_for(state, replica, turn, idle_victims(state, agent, now), now)
+        idle = batches.not_wanted_for_long(state, turn, idle_victims(state, agent, now), now)
+        idle = _leaving_for(state, replica, turn, idle, now)
         rivals_there = rivals(state, replica)
         victims = _choose(idle, rivals_there, deficit)
         action: Action
@@ -248,7 +251,9 @@ def weigh(
             elif turn.is_extra:
                 continue
             else:
+                batch = [] if turn.is_batch else batch_victims(state, agent, now)
                 busy = _preemptible(state, agent, replica, turn, now)
+                busy = [*batch, *(r for r in busy if r not in batch)]
                 busy = _leaving_for(state, replica, turn, busy, now)
                 victims = _choose([*idle, *busy], rivals_there, deficit) if busy else None
                 if victims is not None and _is_worth_it(state, agent, replica, turn, victims, now):
@@ -299,7 +304,7 @@ def _preemptible(
     """Busy replicas that may be preempted for ``turn``, the first to leave first."""
     config = state.config
     waited_s = now - turn.since
-    if config.preemption == "off":
+    if config.preemption == "off" or batches.is_put_back(turn, now):
         return []
     swap_s = newcomer.swap_in_s
     if turn.request_id or is_quick(state, swap_s):
@@ -325,7 +330,9 @@ def _leaving_for(
     """Of those that are ``able`` to leave the ones that do so for ``newcomer``: a GPU that is kept
     for large models is open to smaller ones only when these have waited for very long.
     """
-    kept = [r for r in able if is_kept(state, newcomer, r, now)]
+    kept = [
+        r for r in able if is_kept(state, newcomer, r, now) and not batches.is_batch_only(state, r)
+    ]
     if not kept or (not turn.is_extra and _is_starving(state, newcomer, turn, now)):
         return able
     return [r for r in able if r not in kept]

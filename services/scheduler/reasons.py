@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from schemas.decisions import Candidate, DecisionAction, Urgency, Victim
 from schemas.events import DecisionMade
-from services.scheduler import policy, waits
+from services.scheduler import batches, policy, waits
 from services.scheduler.replica import Replica
 from services.scheduler.state import ClusterState
 from services.scheduler.turns import Turn
@@ -271,6 +271,8 @@ def _why_busy(state: ClusterState, turn: Turn, best: policy.Option, now: float) 
     busy = [victim for victim in victims if not state.is_idle(victim)]
     tightest = min(busy or victims, key=lambda victim: state.slack_s(victim, now))
     slack_s = state.slack_s(tightest, now)
+    if batches.is_batch_only(state, tightest):
+        return f"{tightest.model} serves only requests of class batch"
     if slack_s < state.config.run_quantum_s and state.yields(tightest):
         return f"{tightest.model} serves only who has had more than a fair share lately"
     if slack_s < state.config.run_quantum_s:

@@ -115,6 +115,7 @@ def adopt(replica: Replica, theirs: ReplicaStatus, now: float, why: str) -> None
     replica.generation = max(replica.generation, theirs.generation)
     replica.floor = theirs.generation
     replica.in_flight = theirs.in_flight
+    replica.batch_in_flight = theirs.batch_in_flight
     replica.facts = theirs.facts or (replica.facts if theirs.state in DEVICE_STATES else None)
     replica.pending = None
     replica.may_stray = False
@@ -150,7 +151,9 @@ def _judge(
     if theirs.generation > replica.generation:
         adopt(replica, theirs, now, "commanded by an earlier leader")
         return
-    in_flight, replica.in_flight = replica.in_flight, theirs.in_flight
+    in_flight, batch_in_flight = replica.in_flight, replica.batch_in_flight
+    replica.in_flight = theirs.in_flight
+    replica.batch_in_flight = theirs.batch_in_flight
     # 2. Accepted but unanswered.
     if pending is not None and pending.kind == "register":
         if theirs.facts is not None and theirs.state != "failed":
@@ -184,6 +187,7 @@ def _judge(
         _dispute(replica, theirs, config, now)
     elif is_behind(replica.last_kind, replica.state, theirs.state):
         replica.in_flight = in_flight
+        replica.batch_in_flight = batch_in_flight
         _dispute(replica, theirs, config, now)
     else:
         adopt(replica, theirs, now, "the agent knows better")

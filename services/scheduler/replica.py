@@ -75,6 +75,7 @@ class Replica:
     """One deployment on one GPU, as believed."""
 
     __slots__ = (
+        "_batch_in_flight",
         "_believe_at",
         "_cached_bytes",
         "_facts",
@@ -82,6 +83,8 @@ class Replica:
         "_in_flight",
         "_pending",
         "agent",
+        "batch_late_at",
+        "came_late",
         "counted_image_bytes",
         "decided_at",
         "floor",
@@ -129,7 +132,12 @@ class Replica:
         self.counted_image_bytes = 0  # as the agent's sum has it
         self._believe_at: float | None = None
         self._facts: ModelFacts | None = None
+        # Of class batch (`services.scheduler.batches`): when the last one that started here is no
+        # more put back, and whether it was brought in for such as had waited for very long.
+        self.batch_late_at = 0.0
+        self.came_late = False
         self._in_flight = 0
+        self._batch_in_flight = 0
         self._cached_bytes = 0
         self._pending: Pending | None = None
         self._failure: Failure | None = None
@@ -167,8 +175,21 @@ class Replica:
     @in_flight.setter
     def in_flight(self, num: int) -> None:
         was, self._in_flight = self._in_flight, num
+        if num == 0:
+            self._batch_in_flight = 0
         if (was > 0) != (num > 0):
             keep(self.agent.suspended, self.model, self, self.is_suspended)
+            self.agent.index.busy_changed(self)
+
+    @property
+    def batch_in_flight(self) -> int:
+        """Of these, the ones of class batch."""
+        return min(self._batch_in_flight, self._in_flight)
+
+    @batch_in_flight.setter
+    def batch_in_flight(self, num: int) -> None:
+        if num != self._batch_in_flight:
+            self._batch_in_flight = num
             self.agent.index.busy_changed(self)
 
     @property

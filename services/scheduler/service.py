@@ -32,7 +32,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from datetime import datetime
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import msgspec
 
@@ -276,8 +276,9 @@ class Leader:
             await asyncio.wait_for(self._agents_answered.wait(), STATUS_PATIENCE_S)
         while True:
             try:
-                depths, at = await queue.depths()
-                self._tell(QueueDepths(depths, at))
+                for klass in get_args(names.RequestClass):
+                    depths, at = await queue.depths(klass)
+                    self._tell(QueueDepths(depths, at, klass))
             except BusError as error:
                 log.warning("queue depths unknown: %s", error)
             await asyncio.sleep(self._settings.scheduler.reconcile_s)
@@ -308,6 +309,7 @@ class Leader:
                 klass="batch" if klass == "batch" else "interactive",
                 at=datetime.fromisoformat(stamp).timestamp() if stamp else time.time(),
                 tenant=header_of(headers, _TENANT),
+                window_s=_seconds(header_of(headers, b"Nats-TTL")),
             )
         )
 
@@ -362,6 +364,12 @@ _TENANT = names.HEADER_TENANT.encode()
 _event_decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
 _status_decoder = msgspec.json.Decoder(AgentStatus)
 _unescape = functools.lru_cache(maxsize=16_384)(names.unescape)
+
+
+def _seconds(ttl: str) -> float:
+    """A message's time to live, as in its header; 0: it has none."""
+    number = ttl.removesuffix("s")
+    return float(number) if number.isdecimal() else 0.0
 
 
 async def _patiently(ask: Callable[[], Awaitable[T]]) -> T:

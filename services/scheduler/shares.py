@@ -1,6 +1,6 @@
 """What each tenant has used lately, and who has had more than a fair share of it.
 
-A *tenant* is who a request is for: the hash of an API key, or "" for all who give none. Fair is an
+A *tenant* is who a request is for: the id of an API key, or "" for all who give none. Fair is an
 equal part for everybody who was there lately::
 
     used_s        seconds of prefill and decode, half of it forgotten every `HALF_LIFE_S`

@@ -17,7 +17,7 @@ import msgspec
 
 from schemas.names import RequestClass
 from schemas.state import ModelFacts, ModelSpec
-from services.scheduler import invariants
+from services.scheduler import batches, invariants
 from services.scheduler.decisions import Decisions
 from services.scheduler.estimates import Tempo
 from services.scheduler.index import Index
@@ -50,7 +50,8 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     run_quantum_s: float = 1.0  # a busy replica may be preempted after this long in memory,
     preempt_factor: float = 4.0  # and after so many times what its last swap-in took
     ttft_target_s: float = 2.0  # of interactive requests whose deployment names none
-    batch_ttft_target_s: float = 60.0
+    batch_patience_s: float = 4 * 3600.0  # of class batch, where nobody told their window
+    batch_after_idle_s: float = 5.0  # for them an idle model leaves no sooner
     token_target_s: float = 0.1
     starvation_s: float = 3.0  # who waited this long goes first, and may preempt without slack
     preempt_after_s: float = 0.2  # who waited less than this, and is in no hurry, preempts nobody
@@ -110,7 +111,7 @@ class ClusterState:
         self.fingerprints: dict[str, str] = {}  # of what agents should have been told, by model
         self.unwelcome: dict[str, None] = {}  # models that may have replicas which must leave
         self.ending: dict[str, str] = {}  # removed models -> why their requests end at once
-        self.wishes: dict[str, Wish] = {}  # what operators want in, by model
+        self.wishes: dict[str, Wish] = {}  # by model; changed by `add_wish` and `drop_wish`
         self.verdicts: list[Verdict] = []  # on what operators asked, not told yet
         self.inflation = 0.0  # what the last victim was worth, where an eviction policy counts that
         # When a model is wanted next (model, now -> unix seconds): known to simulations only.
@@ -142,11 +143,13 @@ class ClusterState:
         agent = self.agents.get(gpu)
         return agent.replicas.get(model) if agent else None
 
-    def num_in_flight(self, model: str) -> int:
+    def num_in_flight(self, model: str, klass: RequestClass) -> int:
         """Requests of ``model`` that live agents have, running or suspended."""
         places = self.index.of(model)
-        held = [*places.device.values(), *places.suspended.values()]
-        return sum(r.in_flight for r in held if r.agent.is_usable)
+        held = [r for r in places.device.values() if r.agent.is_usable]
+        held += [r for r in places.suspended.values() if r.agent.is_usable]
+        num_batch = sum(r.batch_in_flight for r in held)
+        return num_batch if klass == "batch" else sum(r.in_flight for r in held) - num_batch
 
     def priority(self, model: str) -> int:
         spec = self.deployments.get(model)
@@ -177,8 +180,6 @@ class ClusterState:
         """Time to first token that is aimed at."""
         spec = self.deployments.get(model)
         target_s = spec.ttft_target_s if spec else None
-        if klass == "batch":
-            return max(self.config.batch_ttft_target_s, target_s or 0.0)
         return target_s or self.config.ttft_target_s
 
     def token_target_s(self, model: str) -> float:
@@ -247,20 +248,28 @@ class ClusterState:
 
     # -- waiters ---------------------------------------------------------------------------
 
-    def add_waiter(self, waiter: Waiter, now: float) -> None:
-        """Put it in line, unless its model is unknown or it has been started already."""
+    def add_waiter(self, waiter: Waiter, now: float, window_s: float = 0.0) -> None:
+        """Put it in line, unless its model is unknown or it has been started already.
+
+        ``window_s``: of class batch, how long it may wait; 0: nobody told.
+        """
         if waiter.model not in self.deployments:
             return
         if waiter.at <= self.gone.get(waiter.request_id, float("-inf")):
             return  # the event that ended its wait overtook the demand
         due_at = waiter.at
-        if self.config.order == "deadline":
+        if waiter.klass == "batch":
+            late_s = batches.put_back_s(self.config, window_s)
+            waiter = msgspec.structs.replace(waiter, put_back_s=late_s)
+            due_at += late_s
+        elif self.config.order == "deadline":
             due_at += self.ttft_target_s(waiter.model, waiter.klass)
         line = self.waiting.get(waiter.model)
         if line is None:
             line = self.waiting[waiter.model] = WaitingLine()
         tenant = waiter.tenant
-        if tenant is not None and self.config.fair_shares and waiter.request_id not in line:
+        is_shared = self.config.fair_shares and waiter.klass == "interactive"
+        if tenant is not None and is_shared and waiter.request_id not in line:
             if self.shares.is_beyond(tenant):
                 waiter = msgspec.structs.replace(waiter, put_back_s=self.config.put_back_s)
             self.shares.charge(tenant, now)
@@ -287,8 +296,12 @@ class ClusterState:
             self.index.waiting_changed(model)
         return waiter
 
-    def match_depths(self, depths: dict[str, int], at: float) -> None:
+    def match_depths(
+        self, depths: dict[str, int], at: float, klass: RequestClass = "interactive"
+    ) -> None:
         """Make each line as long as the queue was at ``at``, less what agents have in flight.
+
+        Of the requests of one class: those of the other are in a queue of their own.
 
         The queue holds a request until it ends, so suspended ones are in its count too.
 
@@ -296,9 +309,10 @@ class ClusterState:
         front: those are the ones whose start was missed. Missing ones get a made-up id.
         """
         for model in dict.fromkeys([*self.waiting, *depths]):
-            expected = max(0, depths.get(model, 0) - self.num_in_flight(model))
+            expected = max(0, depths.get(model, 0) - self.num_in_flight(model, klass))
             line = self.waiting.get(model)
-            counted = [w for w in line.by_due_time() if w.at <= at] if line is not None else []
+            ours = [w for w in line.by_due_time() if w.klass == klass] if line is not None else []
+            counted = [w for w in ours if w.at <= at]
             for waiter in counted[: max(0, len(counted) - expected)]:
                 self.drop_waiter(model, waiter.request_id)
             if model not in self.deployments:
@@ -306,7 +320,7 @@ class ClusterState:
             for _ in range(expected - len(counted)):
                 self.num_recovered += 1
                 request_id = f"recovered-{self.num_recovered}"
-                self.add_waiter(Waiter(request_id, model, "interactive", at), at)
+                self.add_waiter(Waiter(request_id, model, klass, at), at)
 
     # -- plans -----------------------------------------------------------------------------
 
@@ -330,6 +344,17 @@ class ClusterState:
     def drop_move(self, model: str) -> None:
         del self.moves[model]
         self.index.changed.turns[model] = None
+
+    # -- wishes ----------------------------------------------------------------------------
+
+    def add_wish(self, wish: Wish) -> None:
+        self.wishes[wish.model] = wish
+        self.index.changed.turns[wish.model] = None
+
+    def drop_wish(self, model: str) -> None:
+        """Does nothing where there is none."""
+        if self.wishes.pop(model, None) is not None:
+            self.index.changed.turns[model] = None
 
     def validate(self) -> None:
         """Raise `InvariantViolation` unless all that must hold, holds."""

@@ -22,6 +22,8 @@ Those in time go before those that are late anyway, but nobody waits for ever.
 
 Turns for tenants that had more than their share (`services.scheduler.shares`) are a line of their
 own behind that one, in the same order. They have waited long when it is ``put_back_s`` longer.
+So are turns for nothing but requests of class batch (`services.scheduler.batches`), but behind
+those of all priorities.
 """
 
 import math
@@ -32,6 +34,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import msgspec
 from sortedcontainers import SortedDict, SortedKeyList
 
+from services.scheduler.batches import is_batch_only
 from services.scheduler.replica import Replica
 
 if TYPE_CHECKING:
@@ -39,7 +42,8 @@ if TYPE_CHECKING:
     from services.scheduler.waiting import Move, Wish
 
 _Key: TypeAlias = tuple[float, float, str, str, str]
-_Level: TypeAlias = tuple[int, bool]  # -priority, is put back
+_Level: TypeAlias = tuple[int, int]  # -priority, and within it one of the following
+_USUAL, _PUT_BACK, _BATCH = range(3)
 
 
 class Turn(msgspec.Struct, frozen=True):
@@ -59,8 +63,10 @@ class Turn(msgspec.Struct, frozen=True):
     # that moves to ``gpu``.
     is_extra: bool = False
     is_asked: bool = False  # of those, what an operator asked for: it may be loaded first
-    # All who wait are of tenants beyond their share: how much longer than others they may.
+    # All who wait are of tenants beyond their share, or of class batch: how much longer than others
+    # they may.
     put_back_s: float = 0.0
+    is_batch: bool = False  # all are of class batch
 
     @property
     def order(self) -> _Key:
@@ -70,12 +76,17 @@ class Turn(msgspec.Struct, frozen=True):
     @property
     def level(self) -> _Level:
         """The part of the line that it is in, the first one first."""
-        return (-self.priority, self.put_back_s > 0)
+        if self.is_batch:
+            return (-self.priority, _BATCH)
+        return (-self.priority, _PUT_BACK if self.put_back_s > 0 else _USUAL)
 
     @property
     def waits_since(self) -> float:
         """From when on it counts as waiting, where that is a claim on others."""
         return self.since + self.put_back_s
+
+
+_Part: TypeAlias = "tuple[SortedKeyList[tuple[_Key, Turn], _Key], list[tuple[_Key, Turn]]]"
 
 
 class Line:
@@ -90,6 +101,10 @@ class Line:
 
     def __bool__(self) -> bool:
         return bool(self._turns)
+
+    def has_others(self) -> bool:
+        """Not all turns are for class batch."""
+        return any(kind != _BATCH for _, kind in self._levels)
 
     def of(self, model: str) -> list[Turn]:
         return self._turns.get(model, [])
@@ -134,24 +149,37 @@ class Line:
 
     def in_order(self, now: float, starvation_s: float, most: int) -> Iterator[Turn]:
         """Whose turn it is at ``now``; of long lines ``most`` of each part."""
+        put_off: list[_Part] = []  # of class batch, in all priorities
         for _, levels in groupby(list(self._levels.items()), key=_priority):
-            parts = []
+            parts: list[_Part] = []
             all_starving: list[tuple[_Key, Turn]] = []
-            for _, level in levels:
+            for (_, kind), level in levels:
                 late = list(islice(level.irange_key(None, _at(now)), most))
                 oldest = sorted(late, key=_since)
                 starving = [one for one in oldest if now - _since(one)[0] > starvation_s]
                 all_starving += starving
-                parts.append((level, oldest[len(starving) :]))
-            if len(parts) > 1:
+                part = (level, oldest[len(starving) :])
+                (put_off if kind == _BATCH else parts).append(part)
+            if len(all_starving) > 1:
                 all_starving.sort(key=_since)
             yield from [turn for _, turn in all_starving]
             for level, late in parts:
-                yield from [turn for _, turn in islice(level.irange_key(_at(now), None), most)]
-                yield from [turn for _, turn in late]
+                yield from _in_time_first(level, late, now, most)
+        for level, late in put_off:
+            yield from _in_time_first(level, late, now, most)
 
     def everything(self) -> list[Turn]:
         return [turn for level in self._levels.values() for _, turn in level]
+
+
+def _in_time_first(
+    level: "SortedKeyList[tuple[_Key, Turn], _Key]",
+    late: list[tuple[_Key, Turn]],
+    now: float,
+    most: int,
+) -> list[Turn]:
+    in_time = islice(level.irange_key(_at(now), None), most)
+    return [turn for _, turn in (*in_time, *late)]
 
 
 def _order(filed: tuple[_Key, Turn]) -> _Key:
@@ -208,13 +236,22 @@ def turns_of(state: "ClusterState", model: str) -> list[Turn]:
             since, due_at = min(since, first.earliest.at), min(due_at, first.due_at)
         request_id = first.earliest.request_id if first else ""
         put_back_s = state.config.put_back_s if state.yields(replica) else 0.0
-        turns.append(
-            Turn(model, replica.gpu, since, request_id, due_at, priority, put_back_s=put_back_s)
-        )
+        is_batch = is_batch_only(state, replica)
+        if is_batch:
+            since = replica.host_since
+            # Nobody told where another leader saw them start.
+            late_at = replica.batch_late_at or since + state.config.batch_patience_s
+            due_at = max(since, late_at)
+            put_back_s = due_at - since
+        place = (model, replica.gpu, since, request_id, due_at, priority)
+        turns.append(Turn(*place, put_back_s=put_back_s, is_batch=is_batch))
     if first and not suspended:
         waiter = first.earliest
         who = (model, "", waiter.at, waiter.request_id)
-        turns.append(Turn(*who, first.due_at, priority, put_back_s=waiter.put_back_s))
+        is_batch = waiter.klass == "batch"
+        turns.append(
+            Turn(*who, first.due_at, priority, put_back_s=waiter.put_back_s, is_batch=is_batch)
+        )
     return sorted(turns, key=lambda turn: (turn.level, turn.order))
 
 

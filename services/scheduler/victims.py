@@ -15,7 +15,7 @@ pinned one does not leave at all, one that just came in not before its minimum r
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from services.scheduler import eviction
+from services.scheduler import batches, eviction
 from services.scheduler.replica import Agent, Replica
 from services.scheduler.state import ClusterState
 
@@ -100,6 +100,20 @@ def busy_victims(state: ClusterState, agent: Agent, now: float) -> list[Replica]
     return sorted(busy, key=lambda r: r.resident_since)
 
 
+def batch_victims(state: ClusterState, agent: Agent, now: float) -> list[Replica]:
+    """Residents that serve nothing but requests of class batch, and give way without a quantum, but
+    for one that was brought in because these had waited for very long.
+    """
+    able = [
+        r
+        for r in agent.device.values()
+        if batches.is_batch_only(state, r)
+        and not (r.came_late and now - r.resident_since < quantum_s(state, r))
+        and _can_leave(state, r, now)
+    ]
+    return sorted(able, key=lambda r: r.resident_since)
+
+
 def slack_victims(
     state: ClusterState, agent: Agent, newcomer: Replica, now: float
 ) -> list[Replica]:
@@ -154,7 +168,7 @@ def num_made_late(
     away_s = arrival_s(state, agent, now) + newcomer.swap_in_s + state.config.run_quantum_s
     num = 0.0
     for replica in victims:
-        if not state.is_idle(replica):
+        if not state.is_idle(replica) and not batches.is_batch_only(state, replica):
             target_s = state.ttft_target_s(replica.model, "interactive")
             too_long_s = max(0.0, away_s + replica.swap_in_s - target_s)
             num += too_long_s * state.tempo(replica.model).asked_per_s(now)

@@ -19,7 +19,8 @@ class Waiter(msgspec.Struct, frozen=True):
     """One request in the work queue that no agent has started.
 
     ``tenant``: None where nobody told, as after another leader. ``put_back_s``: how much longer it
-    may wait than others, where its tenant had more than its share when it came; else 0.
+    may wait than others, where its tenant had more than its share when it came, or where it is of
+    class batch; else 0.
     """
 
     request_id: str
@@ -101,6 +102,7 @@ class Plan(msgspec.Struct, frozen=True):
     model: str
     gpu: str
     request_id: str  # the waiter it was made for; empty: suspended requests
+    is_batch: bool = False  # all who waited were of class batch
 
 
 class Move(msgspec.Struct, frozen=True):

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from schemas.state import PredictedWait
-from services.scheduler import policy
+from services.scheduler import batches, policy
 from services.scheduler.lifecycle import LEAVING_STATES
 from services.scheduler.replica import Replica
 from services.scheduler.state import ClusterState
@@ -202,6 +202,8 @@ def _leaves_in_s(
         return max(0.0, starving_s) if kept else 0.0
     if not may_be_interrupted:
         return None
+    if replica.state == "resident" and batches.is_batch_only(state, replica):
+        return 0.0
     if replica.state == "swapping_in":
         return _arrives_in_s(replica, now) + quantum_s(state, replica)
     turn_s = replica.resident_since + quantum_s(state, replica) - now

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from schemas import names
-from schemas.commands import Command, Load, Register, SwapIn, SwapOut
+from schemas.commands import Command, Load, Register, SwapIn, SwapOut, Unload
 from schemas.events import Event, ModelLoaded, ModelRegistered, RequestEnded, SwapInCompleted
 from schemas.requests import CancelRequest, GenerateRequest, SamplingParams, TextPrompt
 from schemas.state import AgentStatus, ModelSpec, Preemption, ResidencyRecord
@@ -74,9 +74,11 @@ class Log:
         await self.until_true(lambda: bool(self.all(kind, after, **wanted)), f"{kind} {wanted}")
         return self.all(kind, after, **wanted)[0]
 
-    async def until_true(self, condition: Callable[[], bool], what: str = "") -> None:
+    async def until_true(
+        self, condition: Callable[[], bool], what: str = "", patience_s: float = PATIENCE_S
+    ) -> None:
         try:
-            async with asyncio.timeout(PATIENCE_S), self._grown:
+            async with asyncio.timeout(patience_s), self._grown:
                 await self._grown.wait_for(condition)
         except TimeoutError:
             story = "\n".join(map(str, self.items))
@@ -155,10 +157,15 @@ class Agent:
     async def swap_out(self, model: str) -> int:
         return await self._command(SwapOut, model)
 
+    async def unload(self, model: str, end_requests: str = "") -> int:
+        return await self._command(Unload, model, end_requests=end_requests)
+
     async def preempt(self, model: str) -> int:
         return await self._command(SwapOut, model, preempt=True)
 
-    async def _command(self, kind: type[Load | SwapIn | SwapOut], model: str, **more: Any) -> int:
+    async def _command(
+        self, kind: type[Load | SwapIn | SwapOut | Unload], model: str, **more: Any
+    ) -> int:
         generation = next(self._generations)
         await self.send(kind(GPU, model, self.epoch, generation, **more))
         return generation
@@ -193,6 +200,7 @@ class Agent:
         answers: bool = True,
         verdict: Literal["run", "cancel", "drop"] = "run",
         attempts_before: int = 0,
+        klass: names.RequestClass = "interactive",
     ) -> Log:
         """Queue a request; its chunks appear in the log. ``answers``: with ``verdict``, when an
         agent asks what is known of it.
@@ -216,7 +224,7 @@ class Agent:
         request = GenerateRequest(
             name,
             model,
-            "interactive",
+            klass,
             *what,
             reply_to,
             now,
@@ -246,7 +254,7 @@ class Agent:
         queue = WorkQueue(self._buses["scheduler"])
 
         async def is_empty() -> bool:
-            return not (await queue.depths())[0]
+            return not (await queue.depths())[0] and not (await queue.depths("batch"))[0]
 
         await eventually(is_empty, "an empty queue")
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import ssl
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -26,10 +27,14 @@ MAX_QUEUED = 3
 class Stack:
     """One api, its clients, and everything that it talks to."""
 
-    def __init__(self, nats: NatsServer, url: str) -> None:
+    def __init__(
+        self, nats: NatsServer, url: str, key: str = "", verify: ssl.SSLContext | bool = True
+    ) -> None:
         self.nats = nats
-        self.http = httpx.AsyncClient(base_url=url, timeout=20)
-        self.openai = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.http = httpx.AsyncClient(base_url=url, timeout=20, headers=headers, verify=verify)
+        base_url = f"{url}/v1"
+        self.openai = openai.AsyncOpenAI(base_url=base_url, api_key=key or "none", max_retries=0)
         self.withdrawals = Withdrawals()
         self.stop = asyncio.Event()
         self.running: asyncio.Task[None]
@@ -37,6 +42,18 @@ class Stack:
         self.scheduler: ScriptedScheduler
         self.queue: WorkQueue
         self.proxy = TcpProxy(nats.credentials["api"].url)
+        self.settings: Settings
+
+    def start_api(self) -> None:
+        options = msgspec.structs.replace(self.nats.credentials["api"], url=self.proxy.url)
+        self.running = asyncio.create_task(service.run(self.settings, options, stop=self.stop))
+
+    async def restart_api(self) -> None:
+        """Let it end, and start another one in its place."""
+        self.stop.set()
+        await asyncio.wait_for(self.running, 20)
+        self.stop.clear()
+        self.start_api()
 
     async def ask(self, **more: Any) -> httpx.Response:
         return await self.http.post("/v1/chat/completions", json=CHAT | more)
@@ -72,17 +89,25 @@ class Stack:
 
 @contextlib.asynccontextmanager
 async def running_stack(
-    nats: NatsServer, timeout_s: float, progress_after_s: float = 0.0
+    nats: NatsServer,
+    timeout_s: float,
+    key: str = "",
+    verify: ssl.SSLContext | bool = True,
+    **settings: Any,
 ) -> AsyncIterator[Stack]:
+    """``key``: an API key that clients send; ``verify``: how they check the server's certificate;
+    ``settings``: more of `ApiSettings`.
+    """
     port = free_port(0)
-    api = ApiSettings(
-        port=port,
-        request_timeout_s=timeout_s,
-        max_queued_per_model=MAX_QUEUED,
-        max_body_bytes=100_000,
-        progress_after_s=progress_after_s,
-    )
-    stack = Stack(nats, f"http://127.0.0.1:{port}")
+    limits: dict[str, Any] = {
+        "max_queued_per_model": MAX_QUEUED,
+        "max_body_bytes": 100_000,
+        "progress_after_s": 0.0,
+        "max_file_bytes": 20_000_000,
+    }
+    api = ApiSettings(port=port, request_timeout_s=timeout_s, **limits | settings)
+    scheme = "https" if api.tls_cert else "http"
+    stack = Stack(nats, f"{scheme}://127.0.0.1:{port}", key, verify)
     buses = {
         user: await Bus.connect(nats.credentials[user], service=user)
         for user in ("admin", "scheduler", "agent")
@@ -93,8 +118,8 @@ async def running_stack(
     stack.scheduler = ScriptedScheduler(buses["scheduler"])
     stack.agent = ScriptedAgent(buses["agent"])
     await stack.proxy.start()
-    options = msgspec.structs.replace(nats.credentials["api"], url=stack.proxy.url)
-    stack.running = asyncio.create_task(service.run(Settings(api=api), options, stop=stack.stop))
+    stack.settings = Settings(state_dir=str(nats.folder / "state"), api=api)
+    stack.start_api()
     await stack.until(lambda got: got[0] == 503)
     await stack.scheduler.lead()
     await stack.agent.start()

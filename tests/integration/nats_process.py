@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from services.bus import BusOptions
-from services.ops.nats_server import NatsPlan, free_port, write_config
+from services.ops.nats_server import NatsPlan, ServerTls, free_port, write_config
 
 START_S = 10.0
 
@@ -14,8 +14,10 @@ START_S = 10.0
 class NatsServer:
     """A real nats-server in a folder of its own, on free ports, which tests may kill."""
 
-    def __init__(self, folder: Path) -> None:
-        self.plan: NatsPlan = write_config(folder, port=free_port(0), http_port=free_port(0))
+    def __init__(self, folder: Path, tls: ServerTls | None = None) -> None:
+        self.folder = folder
+        port, http_port = free_port(0), free_port(0)
+        self.plan: NatsPlan = write_config(folder, port=port, http_port=http_port, tls=tls)
         self.log_file = folder / "nats-server.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -34,7 +36,7 @@ class NatsServer:
         assert self._process is None, "the server runs already"
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(self.plan.command(), stdout=log, stderr=log)
-        host, port = self.credentials["admin"].url.removeprefix("nats://").split(":")
+        host, port = self.credentials["admin"].url.rpartition("/")[2].split(":")
         give_up_at = time.monotonic() + START_S
         while True:
             try:

@@ -112,8 +112,11 @@ class ScriptedAgent:
         event = LoadProgressed(GPU, model, time.time(), done_bytes, total_bytes)
         await self.bus.publish(names.event_subject("load_progressed", GPU, model), event)
 
-    async def pull(self, model: str, num_free: int = 8) -> None:
-        puller = self.pullers[model] = Puller(self.bus, model, self.deliveries.put)
+    async def pull(
+        self, model: str, num_free: int = 8, klass: names.RequestClass = "interactive"
+    ) -> None:
+        puller = Puller(self.bus, model, self.deliveries.put, klass)
+        self.pullers[f"{klass}.{model}"] = puller
         await puller.start()
         await puller.want(num_free)
 

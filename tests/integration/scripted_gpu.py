@@ -9,11 +9,12 @@ import time
 from dataclasses import dataclass, field
 
 from schemas import names
-from schemas.commands import Command, Load, Register, SwapIn, SwapOut
+from schemas.commands import Command, Load, Register, SwapIn, SwapOut, Unload
 from schemas.events import (
     AgentEvent,
     ModelLoaded,
     ModelRegistered,
+    ModelUnloaded,
     RequestEnded,
     RequestStarted,
     SwapInCancelled,
@@ -37,6 +38,7 @@ class _Replica:
     generation: int
     state: ReplicaState = "cold"
     puller: Puller | None = None
+    settings: str = ""
 
 
 @dataclass
@@ -75,7 +77,9 @@ class ScriptedGpu:
 
     async def _status(self) -> None:
         replicas = tuple(
-            ReplicaStatus(model, replica.state, replica.generation, 0, FACTS)
+            ReplicaStatus(
+                model, replica.state, replica.generation, 0, FACTS, settings=replica.settings
+            )
             for model, replica in self.replicas.items()
         )
         status = AgentStatus(GPU, "i1", 1, "cpu", "scripted", 3 * PAGE, 0, PAGE, replicas)
@@ -94,6 +98,7 @@ class ScriptedGpu:
         trace = SwapTrace(started_at=now, total_s=0.001, copy_s=0.001, num_bytes=PAGE)
         match command:
             case Register():
+                replica.settings = command.settings
                 await self._event(ModelRegistered(*where, FACTS))
             case Load():
                 replica.state = "host"
@@ -114,6 +119,9 @@ class ScriptedGpu:
                 if replica.puller:
                     replica.puller.stop()
                 await self._event(SwapOutCompleted(*where, trace))
+            case Unload():
+                del self.replicas[command.model]
+                await self._event(ModelUnloaded(*where, PAGE))
         await self._status()
         await self.commands.add(command)
 

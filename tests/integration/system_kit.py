@@ -69,12 +69,12 @@ def write_models(folder: Path) -> dict[str, Path]:
 class System:
     """`hotswap up` in its own process. Use as a context manager."""
 
-    def __init__(self, folder: Path, config: str) -> None:
+    def __init__(self, folder: Path, config: str, api: str = "") -> None:
         self.folder = folder
         self.port = free_port(0)
         self.config_file = folder / "hotswap.toml"
         self.config_file.write_text(
-            f"[api]\nport = {self.port}\n"
+            f"[api]\nport = {self.port}\n{api}"
             f"[nats]\nport = {free_port(0)}\nhttp_port = {free_port(0)}\n{config}"
         )
         self.log_file = folder / "up.log"

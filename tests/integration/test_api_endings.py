@@ -206,7 +206,7 @@ async def test_killed_nats_server_loses_no_request(stack: Stack) -> None:
     refused = await stack.ask()
     assert (refused.status_code, error_of(refused)["code"]) == (503, "bus_unavailable")
     stack.nats.start()
-    await stack.agent.pullers[MODEL].want(2)
+    await stack.agent.pullers[f"interactive.{MODEL}"].want(2)
     again: list[Delivery] = [await stack.agent.next() for _ in range(2)]
     assert first.request.request_id in {one.request.request_id for one in again}
     for delivery in again:

@@ -22,6 +22,7 @@ COMMENT = ": hotswap "
 @pytest.fixture
 async def stack(nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stack]:
     """Streams begin after no time at all."""
+    monkeypatch.setattr(respond, "CHECK_S", SOON_S)
     monkeypatch.setattr(respond, "EVERY_S", SOON_S)
     monkeypatch.setattr(respond, "QUIET_S", SOON_S)
     async with running_stack(nats_server, timeout_s=30, progress_after_s=SOON_S) as stack:
@@ -141,8 +142,10 @@ async def test_a_client_that_leaves_while_it_is_told(stack: Stack) -> None:
 
 async def test_answers_that_are_not_streamed_are_not_touched(stack: Stack) -> None:
     asking = asyncio.create_task(stack.ask())
+    await stack.queue_holds(1)
     async with waiting(stack) as stream:  # time for many comments
         await stream.until(lambda one: len(stream.told) > 3)
+    await stack.queue_holds(1)
     await stack.agent.pull(MODEL)
     await stack.agent.answer(await stack.agent.next(), "a")
     answer = await asking
@@ -157,6 +160,7 @@ async def answer_slowly(stack: Stack, num_comments: int = 3) -> None:
     """After time for some comments: another stream counts them."""
     async with waiting(stack) as other:
         await other.until(lambda one: len(other.told) >= num_comments)
+    await stack.queue_holds(1)
     await stack.agent.pull(MODEL)
     await stack.agent.answer(await stack.agent.next(), "a", "b")
 

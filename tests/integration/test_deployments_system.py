@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import json
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -47,6 +49,12 @@ class Admin:
 
     def act(self, name: str, action: str, body: Any = None) -> tuple[int, Any, str]:
         return self.call("POST", f"/{name}/{action}?timeout_s=60", body)
+
+    def command(self, *arguments: str) -> None:
+        """`hotswap model`, as an operator runs it."""
+        config = str(self.system.config_file)
+        command = [sys.executable, "-m", "services.cli", "model", "--config", config, *arguments]
+        subprocess.run(command, check=True, timeout=120)
 
     def gpus(self, name: str) -> dict[str, str]:
         status, info, _ = self.call("GET", f"/{name}")
@@ -140,8 +148,7 @@ def test_a_deployment_lives_and_moves_and_goes(tmp_path: Path, models: dict[str,
         # swap-out -> swap-in -> move
         assert admin.act("team/llama", "swap-out")[0] == 200
         assert admin.resident_on("team/llama") == []
-        status, done, _ = admin.act("team/llama", "swap-in", {"gpu": "cpu1"})
-        assert (status, done.get("outcome")) == (200, "done"), done
+        admin.command("swap-in", "team/llama", "--gpu", "cpu1")
         assert admin.resident_on("team/llama") == ["cpu1"]
         status, done, _ = admin.act("team/llama", "move", {"from": "cpu1", "to": "cpu0"})
         assert (status, done.get("outcome")) == (200, "done"), done

@@ -298,6 +298,65 @@ async def test_log_probabilities_come_from_the_engine_to_the_client(system: Syst
     await client.close()
 
 
+async def test_several_choices_and_prompts_of_one_request(system: System) -> None:
+    """Each choice says what its seed says alone; echo and usage are of one answer."""
+    client = openai.AsyncOpenAI(base_url=f"{system.url}/v1", api_key="-")
+    ask: dict[str, Any] = {"model": "llama", "max_tokens": 6, "temperature": 0.9}
+    both = await client.completions.create(prompt=["abc", "xyz"], n=2, seed=5, echo=True, **ask)
+    assert [one.index for one in both.choices] == [0, 1, 2, 3]
+    for prompt, seed, choice in zip(
+        ("abc", "abc", "xyz", "xyz"), (5, 6) * 2, both.choices, strict=True
+    ):
+        alone = await client.completions.create(prompt=prompt, seed=seed, **ask)
+        assert choice.text == prompt + alone.choices[0].text
+    assert len({one.text for one in both.choices}) == 4
+    assert both.usage
+    assert (both.usage.prompt_tokens, both.usage.completion_tokens) == (6, 24)
+    long = "the same beginning " * 10
+    for cached in (False, True):
+        stream = await client.completions.create(
+            prompt=byte_tokenizer().encode(long),
+            n=2,
+            seed=5,
+            stream=True,
+            stream_options={"include_usage": True},
+            echo=True,
+            **ask,
+        )
+        texts, usage = ["", ""], None
+        async for chunk in stream:
+            usage = chunk.usage or usage
+            for one in chunk.choices:
+                texts[one.index] += one.text
+        assert all(text.startswith(long) and text != long for text in texts)
+        assert usage
+        assert usage.prompt_tokens == len(long)
+        assert usage.prompt_tokens_details
+        assert (usage.prompt_tokens_details.cached_tokens or 0) > 100 or not cached
+    await client.close()
+
+
+def test_tokens_of_a_model_wherever_its_weights_are(system: System) -> None:
+    """No swap is caused; what is told is what a request is given."""
+    before = {name: model["state"] for name, model in system.models().items()}
+    for model in MODELS:
+        status, answer = system.post("/tokenize", {"model": model, "prompt": "Grüße, Welt"})
+        assert status == 200, answer
+        assert answer["tokens"] == byte_tokenizer().encode("Grüße, Welt")
+        assert (answer["count"], answer["max_model_len"]) == (13, CONTEXT)
+        status, answer = system.post("/detokenize", {"model": model, "tokens": answer["tokens"]})
+        assert (status, answer) == (200, {"prompt": "Grüße, Welt"})
+    after = {name: model["state"] for name, model in system.models().items()}
+    assert after == before
+    chat = {"model": "llama", "messages": [{"role": "user", "content": "hi"}]}
+    status, tokens = system.post("/v1/tokenize", chat)
+    assert status == 200
+    status, answer = system.post("/v1/chat/completions", chat | {"max_tokens": 1})
+    assert answer["usage"]["prompt_tokens"] == tokens["count"]
+    status, answer = system.post("/tokenize", {"model": "missing", "prompt": "x"})
+    assert (status, answer["error"]["code"]) == (503, "model_unavailable")
+
+
 async def test_many_at_once_all_end(system: System) -> None:
     """48 requests over three models that can not be resident together."""
     client = openai.AsyncOpenAI(base_url=f"{system.url}/v1", api_key="-", max_retries=0)

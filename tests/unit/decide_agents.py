@@ -22,6 +22,7 @@ from schemas.events import (
     VerificationFailed,
     WorkerDied,
 )
+from schemas.names import RequestClass
 from schemas.state import (
     AgentStatus,
     ModelFacts,
@@ -74,6 +75,11 @@ class FakeReplica:
         return self.facts.weight_bytes if self.facts else 0
 
 
+def klass_of(request_id: str) -> RequestClass:
+    """Every seventh request is one of class batch."""
+    return "batch" if int(request_id.removeprefix("r")) % 7 == 0 else "interactive"
+
+
 class FakeAgent:
     """What an agent is to the scheduler: takes commands, answers, and may die."""
 
@@ -108,7 +114,13 @@ class FakeAgent:
     def report(self, now: float) -> None:
         replicas = tuple(
             ReplicaStatus(
-                model, r.state, r.generation, len(r.running), r.facts, settings=r.settings
+                model,
+                r.state,
+                r.generation,
+                len(r.running),
+                r.facts,
+                batch_in_flight=sum(klass_of(one) == "batch" for one in r.running),
+                settings=r.settings,
             )
             for model, r in self.replicas.items()
         )

@@ -5,20 +5,22 @@ fit there fails the test. When the noise stops, every request has to end, and th
 comes to rest: no command is given any more.
 """
 
-from typing import Literal
+from collections import Counter
+from typing import Literal, get_args
 
 import msgspec
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
 from schemas.commands import Command
 from schemas.events import DecisionMade, RequestEnded, RequestStarted
+from schemas.names import RequestClass
 from schemas.state import ModelSpec
 from schemas.stream import RequestTiming
 from services.scheduler.decide import decide
 from services.scheduler.inputs import DeploymentAdded, Entry, Input, QueueDepths, Tick
 from services.scheduler.state import ClusterState, PolicyConfig
 from services.scheduler.waiting import Verdict
-from tests.unit.decide_agents import FakeAgent
+from tests.unit.decide_agents import FakeAgent, klass_of
 
 CONFIG = PolicyConfig(
     migrate=True,
@@ -28,6 +30,8 @@ CONFIG = PolicyConfig(
     settle_s=2.0,
     dispute_s=6.0,
     agent_silent_s=8.0,
+    batch_patience_s=10.0,
+    batch_after_idle_s=1.0,
 )
 GPUS = {"gpu0": 100, "gpu1": 70}
 HOST_BUDGETS = {"gpu0": 120, "gpu1": 75}  # for weights of 50 + 50 + 20 + 20 + 80
@@ -95,7 +99,8 @@ class Cluster(RuleBasedStateMachine):
         for request_id in [r for r, m in self.queue.items() if m == model and r not in running]:
             agent.replicas[model].running.append(request_id)
             who = (agent.gpu, model, request_id, self.now)
-            agent.events.append(RequestStarted(*who, 1, 0.0, self.tenants[request_id]))
+            what = (self.tenants[request_id], klass_of(request_id))
+            agent.events.append(RequestStarted(*who, 1, 0.0, *what))
 
     def end_request(self, agent: FakeAgent, model: str, may_cancel: bool) -> None:
         """The oldest one ends. Where it can not compute (its model still arrives, or it is
@@ -113,7 +118,9 @@ class Cluster(RuleBasedStateMachine):
             tenant = self.tenants[request_id]
             timing = RequestTiming(decode_s=TENANTS[tenant])
             who = (agent.gpu, model, request_id, self.now)
-            agent.events.append(RequestEnded(*who, outcome, 1, 1, timing, tenant=tenant))
+            agent.events.append(
+                RequestEnded(*who, outcome, 1, 1, timing, tenant=tenant, klass=klass_of(request_id))
+            )
 
     @invariant()
     def bytes_fit(self) -> None:
@@ -123,11 +130,14 @@ class Cluster(RuleBasedStateMachine):
 
     # -- what must come of it --------------------------------------------------------------
 
-    def depths(self) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for model in self.queue.values():
-            counts[model] = counts.get(model, 0) + 1
-        return counts
+    def depths(self, klass: RequestClass = "interactive") -> dict[str, int]:
+        models = [model for name, model in self.queue.items() if klass_of(name) == klass]
+        return dict(Counter(models))
+
+    def count(self, at: float) -> None:
+        """Both queues, as of ``at``."""
+        for klass in get_args(RequestClass):
+            self.tell(QueueDepths(self.depths(klass), at, klass))
 
     def quiet_step(self) -> None:
         """A quarter second of a healthy cluster: nothing fails, nothing gets lost."""
@@ -145,7 +155,7 @@ class Cluster(RuleBasedStateMachine):
                 self.tell(agent.events.pop(0))
             while agent.statuses:
                 self.tell(agent.statuses.pop(0)[1])
-        self.tell(QueueDepths(self.depths(), self.now))
+        self.count(self.now)
         self.now += QUIET_STEP_S
         self.tell(Tick())
 

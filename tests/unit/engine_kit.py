@@ -105,6 +105,7 @@ def make_batch(
     host_bytes: int = 0,
     shares: bool = True,
     recorder: Recorder | None = None,
+    on_ready: Callable[[], None] = lambda: None,
 ) -> Batch:
     """A resident batch over ``module`` whose pages are small, few and scattered.
 
@@ -127,6 +128,7 @@ def make_batch(
         chunk_tokens=chunk_tokens,
         wall_clock=wall_clock,
         graphs=DecodeGraphs(module, kv.store, recorder) if recorder else None,
+        on_ready=on_ready,
     )
     bring_in(batch, reserve)
     return batch

@@ -1,6 +1,7 @@
 """What the api says about models, from the records of the scheduler and the agents."""
 
-from typing import cast
+import asyncio
+from typing import Any, cast
 
 import pytest
 
@@ -95,3 +96,81 @@ def test_missing(catalog: Catalog) -> None:
     catalog._leases.values[names.LEADER_KEY] = LEASE
     live(catalog, "g0")
     assert catalog.missing() == []
+
+
+def alias(catalog: Catalog, model: str, *aliases: str, **more: Any) -> None:
+    spec = ModelSpec(name=model, source="/m", aliases=aliases, **more)
+    record = DeploymentRecord(spec=spec, status="ready")
+    catalog._deployments.values[names.escape(model)] = record
+    catalog._on_deployment(names.escape(model), record)
+
+
+def test_an_alias_is_the_deployment_by_another_name(catalog: Catalog) -> None:
+    alias(catalog, "a/b", "gpt-4o", "x")
+    assert catalog.require("gpt-4o") == catalog.require("a/b") == "a/b"
+    assert [model.id for model in catalog.models()] == ["a/b", "gpt-4o", "x"]
+    assert catalog.model("x").hotswap.alias_of == "a/b"
+    assert catalog.record("a/b").spec.aliases == ("gpt-4o", "x")
+    with pytest.raises(ApiError, match="no deployment 'x'"):
+        catalog.record("x")
+
+
+def test_an_alias_that_was_taken_back_means_nothing(catalog: Catalog) -> None:
+    alias(catalog, "a", "x", "y")
+    alias(catalog, "a", "y")
+    alias(catalog, "b", "x")
+    assert (catalog.require("x"), catalog.require("y")) == ("b", "a")
+    del catalog._deployments.values["b"]
+    catalog._on_deployment("b", None)
+    with pytest.raises(ApiError, match="'x' does not exist"):
+        catalog.require("x")
+
+
+def test_a_drained_deployment_takes_no_requests(catalog: Catalog) -> None:
+    alias(catalog, "a", drained=True)
+    with pytest.raises(ApiError, match="an operator has drained it") as caught:
+        catalog.require("a")
+    assert caught.value.status == 503
+
+
+def test_a_body_is_prepared_by_the_settings_of_its_deployment(catalog: Catalog) -> None:
+    alias(catalog, "a", "x", defaults={"top_k": 3})
+    assert catalog.prepare({"model": "x"}, "chat") == {"model": "x", "top_k": 3}
+    assert catalog.prepare({"model": "other"}, "chat") == {"model": "other"}
+    assert catalog.prepare({"model": 7}, "chat") == {"model": 7}
+
+
+async def test_whoever_waits_for_a_change_is_woken(catalog: Catalog) -> None:
+    waiting = asyncio.create_task(catalog.until(lambda: catalog.find("a") is not None, 10))
+    await asyncio.sleep(0)
+    alias(catalog, "a")
+    assert await waiting
+    assert not await catalog.until(lambda: False, 0.0)
+
+
+def test_requests_of_a_removed_deployment_have_until_nobody_has_it(gone: Gone) -> None:
+    lost = Gone()
+    catalog = Catalog(cast(Bus, None), gone, on_gone=lost)
+    deploy(catalog, "m")
+    place(catalog, "g0", "m", "draining")
+    live(catalog, "g0")
+    del catalog._deployments.values["m"]
+    catalog._on_deployment("m", None)
+    assert (gone, lost) == ([("m", "its deployment was removed")], [])
+    place(catalog, "g0", "m", "cold")  # its worker died
+    catalog._moved()
+    assert lost == [("m", "its deployment was removed")]
+    catalog._moved()
+    assert len(lost) == 1
+
+
+def test_a_deployment_that_came_back_in_time_goes_on_with_them(gone: Gone) -> None:
+    lost = Gone()
+    catalog = Catalog(cast(Bus, None), gone, on_gone=lost)
+    place(catalog, "g0", "m", "draining")
+    live(catalog, "g0")
+    catalog._on_deployment("m", None)
+    deploy(catalog, "m")
+    place(catalog, "g0", "m", "cold")
+    catalog._moved()
+    assert lost == []

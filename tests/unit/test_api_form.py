@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 
 from schemas.requests import ChatMessage, ChatPrompt, TextPrompt
+from services.api import prompts
 from services.api.errors import ApiError
 from services.api.form import MAX_CHOICES, AnswerForm
 from services.api.parsing import Parsed, parse_chat, parse_completion
+from services.gpu_agent.engine import prompts as engine_prompts
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -106,6 +108,11 @@ def test_how_a_chat_is_rendered() -> None:
     [open_ended] = chat(add_generation_prompt=False).prompts
     assert isinstance(open_ended, ChatPrompt)
     assert not open_ended.add_generation_prompt
+
+
+def test_no_argument_of_the_function_that_renders_passes_for_a_variable() -> None:
+    """The api names them without transformers; the agent asks transformers."""
+    assert engine_prompts._TEMPLATE_ARGUMENTS <= prompts.RESERVED
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,19 @@ from importlib import resources
 
 from litestar.handlers import HTTPRouteHandler
 
-from services.api import app, deployments, openapi
+from services.api import app, deployments, keys_routes, openapi
+from services.api.batches import http as batches
 
 
 def test_every_route_is_described_and_every_description_has_a_route() -> None:
     routes = {
         (re.sub(r":\w+}", "}", path), method.lower())
-        for handler in (*vars(app).values(), *deployments.HANDLERS)
+        for handler in (
+            *vars(app).values(),
+            *vars(batches).values(),
+            *vars(keys_routes).values(),
+            *deployments.HANDLERS,
+        )
         if isinstance(handler, HTTPRouteHandler)
         for path in handler.paths
         for method in handler.http_methods

@@ -134,7 +134,11 @@ def test_messages() -> None:
     )
     [prompt] = parsed.prompts
     assert prompt == ChatPrompt(
-        (ChatMessage("system", "x"), ChatMessage("user", "a\nb", "Ann"), ChatMessage("tool", "y"))
+        (
+            ChatMessage("system", "x"),
+            ChatMessage("user", "a\nb", "Ann"),
+            ChatMessage("tool", "y", None, (), "1"),
+        )
     )
 
 
@@ -238,8 +242,10 @@ def test_prompts_that_are_refused(prompt: Any, code: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("parse", "field", "value"),
     [
-        (chat, "tools", [{"type": "function"}]),
-        (chat, "response_format", {"type": "json_object"}),
+        (chat, "functions", [{"name": "f"}]),
+        (chat, "function_call", "f"),
+        (chat, "structural_tag", "{}"),
+        (chat, "guided_whitespace_pattern", " "),
         (chat, "store", True),
         (chat, "prompt_logprobs", 1),
         (completion, "best_of", 2),
@@ -272,11 +278,6 @@ def test_neutral_values_are_fine(endpoint: fields.Endpoint) -> None:
 def test_parts_that_are_refused(content: Any) -> None:
     error = refusal(chat, messages=[{"role": "user", "content": content}])
     assert (error.info.param or "").startswith("messages[0].content[0]")
-
-
-def test_tool_calls_are_refused() -> None:
-    message = {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}
-    assert refusal(chat, messages=[message]).info.param == "messages[0].tool_calls"
 
 
 def test_unknown_fields_are_named_in_a_safe_header() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from schemas.state import PredictedWait
 from services.api import errors
-from services.api.waits import MOST_S, Waits
+from services.api.waits import MOST_S, Wait, Waits
 from services.bus import Bus
 
 
@@ -29,6 +29,17 @@ def clock() -> Clock:
 @pytest.fixture
 def waits(clock: Clock) -> Waits:
     return Waits(cast(Bus, None), clock)  # never started: the tests are the scheduler
+
+
+def test_the_place_in_line_is_known_where_the_wait_is_not(waits: Waits, clock: Clock) -> None:
+    waits.note(predicted(None))
+    assert (waits.of("m"), waits.retry_after_s("m")) == (Wait(1, None), None)
+    waits.note(predicted(5.0))
+    clock.now += 2
+    assert waits.of("m") == Wait(1, 3.0)
+    assert waits.of("another") is None
+    clock.now += 60
+    assert waits.of("m") is None
 
 
 @pytest.mark.parametrize(

@@ -27,13 +27,13 @@ from services.scheduler.inputs import (
     Demand,
     DeploymentRemoved,
     DeploymentsKnown,
-    QueueDepths,
     Tick,
 )
-from tests.unit.decide_agents import SIZES, UNINTERRUPTED
+from tests.unit.decide_agents import SIZES, UNINTERRUPTED, klass_of
 from tests.unit.decide_cluster import CONFIG, GPUS, TENANTS, TOO_LARGE, Cluster
 
 FATES = ("once", "once", "once", "twice", "never")
+WINDOW_S = 20.0  # of requests of class batch
 LENGTHS = (1, 2, 10)  # of answers, in quarter seconds
 PRELOADED = ("a", "b", "e")  # more than host memory holds
 
@@ -73,7 +73,7 @@ class Walk(Cluster):
         whose = self.num_requests if self.num_requests % 4 == 0 else ord(model)
         tenant = self.tenants[request_id] = names[whose % len(names)]
         if is_seen:
-            self.tell(Demand(request_id, model, "interactive", self.now, tenant))
+            self.tell(Demand(request_id, model, klass_of(request_id), self.now, tenant, WINDOW_S))
 
     @precondition(lambda self: self.queue)
     @rule(where=st.floats(0.0, 0.999), is_seen=st.booleans())
@@ -230,7 +230,7 @@ class Walk(Cluster):
 
     @rule(drift=st.sampled_from([0.0, 0.0, 0.2]))
     def count_queue(self, drift: float) -> None:
-        self.tell(QueueDepths(self.depths(), self.now - drift))
+        self.count(self.now - drift)
 
     @rule(gpu=st.sampled_from(sorted(GPUS)))
     def lose_lease(self, gpu: str) -> None:

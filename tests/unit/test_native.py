@@ -15,6 +15,7 @@ from services.gpu_agent.engine.native import NativeEngine
 from services.gpu_agent.ipc import (
     Arriving,
     Broke,
+    Forgotten,
     Loaded,
     OpFailed,
     Produced,
@@ -151,3 +152,29 @@ def test_a_full_device_and_bad_files_are_told_with_their_cause(
     mute = engine.end_load(load.run(lambda done, total: None))
     assert isinstance(mute, OpFailed)
     assert "no usable tokenizer" in mute.reason
+
+
+def test_a_model_that_is_forgotten_leaves_nothing_and_may_come_again(
+    engine: NativeEngine, tmp_path: Path
+) -> None:
+    add(engine, tmp_path, "llama")
+    bring_in(engine, "llama")
+    refused = engine.forget("llama")
+    assert isinstance(refused, OpFailed)
+    assert "resident" in refused.reason
+    asked = request("r1", TextPrompt("hello"), "llama", max_tokens=30)
+    answers = Answers()
+    answers.take(engine.submit(asked))
+    answers.take(engine.step())
+    engine.swap_out("llama", preempt=True)
+    forgotten = engine.forget("llama")
+    assert isinstance(forgotten, Forgotten)
+    assert forgotten.num_bytes > 0
+    assert (forgotten.memory.host_bytes, forgotten.memory.device_bytes) == (0, 0)
+    answers.take(engine.step())  # what was suspended ends, for control to queue it again
+    assert isinstance(answers["r1"].end, Broke)
+    engine.validate()
+    assert engine.forget("llama") == Forgotten("llama", 0, forgotten.memory)
+    add(engine, tmp_path, "llama")
+    bring_in(engine, "llama")
+    assert engine.is_resident("llama")

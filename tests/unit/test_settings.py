@@ -2,6 +2,7 @@
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -36,6 +37,16 @@ def parse(text: str) -> Settings:
         ("[api]\nport = 99999", "port = 99999 is not a port number"),
         ("api = 3", "api = 3: Expected `object`"),
         ('[nats]\nurl = "10.0.0.5"', "url = '10.0.0.5' must look like nats://host:4222"),
+        ('[api]\nauth = "maybe"', "api.auth = 'maybe'"),
+        ('[api]\ntls_cert = "c.pem"', "tls_cert = 'c.pem' and tls_key = '': give both, or neit"),
+        ("[api]\nmax_open_requests = 0", "max_open_requests = 0 must be greater than 0"),
+        ("[api]\nwrite_timeout_s = -1.0", "write_timeout_s = -1.0 must be greater than 0"),
+        ('[nats]\nhost = "0.0.0.0"', "host = '0.0.0.0' is not loopback: the embedded NATS server"),
+        ('[nats]\ntls_key = "k.pem"', "tls_cert = '' and tls_key = 'k.pem': give both, or neither"),
+        (
+            '[nats]\nurl = "tls://n:4222"\ntls_cert = "c"\ntls_key = "k"',
+            "tls_cert is of the embedded server, and url names another one",
+        ),
         ("[scheduler]\nrun_quantum_s = 0.0", "run_quantum_s = 0.0 must be greater than 0"),
         ('[[gpus]]\nname = "a b"', "name = 'a b' may hold letters"),
         ('[[gpus]]\nname = "a"\nmemory = "12 parsecs"', "'12 parsecs' is not a size"),
@@ -149,6 +160,35 @@ def test_paths_are_relative_to_the_file_and_hub_ids_stay(tmp_path: Path) -> None
     assert found.state_path == tmp_path / ".hotswap"
 
 
+@pytest.mark.parametrize(
+    ("host", "auth", "required"),
+    [
+        ("127.0.0.1", "auto", False),
+        ("127.8.8.8", "auto", False),
+        ("::1", "auto", False),
+        ("localhost", "auto", False),
+        ("0.0.0.0", "auto", True),
+        ("::", "auto", True),
+        ("10.0.0.5", "auto", True),
+        ("localhost.example.com", "auto", True),
+        ("127.0.0.1", "on", True),
+        ("0.0.0.0", "off", False),
+    ],
+)
+def test_keys_are_asked_for_unless_only_this_machine_can_come(
+    host: str, auth: Any, required: bool
+) -> None:
+    assert ApiSettings(host=host, auth=auth).requires_keys is required
+
+
+def test_tls_files_are_relative_to_the_file_too() -> None:
+    found = parse(
+        '[api]\ntls_cert = "c.pem"\ntls_key = "/k.pem"\n[nats]\nurl = "tls://n:1"\ntls_ca = "a"'
+    )
+    assert (found.api.tls_cert, found.api.tls_key) == ("/srv/c.pem", "/k.pem")
+    assert (found.nats.tls_ca, found.nats.tls_cert) == ("/srv/a", "")
+
+
 def test_dump_is_read_back() -> None:
     before = parse(
         '[scheduler]\npreemption = "off"\nstarvation_s = inf\n[[gpus]]\nname = "g"\n'
@@ -217,3 +257,24 @@ def test_the_example_shows_every_key_with_its_default() -> None:
     of_model = text.partition("[models.llama]")[2]  # some keys are in [scheduler], too
     for key in ModelSettings.__struct_fields__:
         assert f"\n{key} = " in of_model or f"\n# {key} = " in of_model
+
+
+def test_defaults_and_overrides_are_read_and_written_back(tmp_path: Path) -> None:
+    file = tmp_path / "hotswap.toml"
+    file.write_text(
+        '[models.a]\nsource = "/a"\naliases = ["x"]\nmin_residency_s = 2\n'
+        'defaults = { temperature = 0.5 }\noverrides = { seed = "unset", stop = ["a"] }\n'
+    )
+    config = settings.load(file)
+    assert config.models["a"].overrides == {"seed": None, "stop": ["a"]}
+    [spec] = config.model_specs()
+    assert (spec.aliases, spec.defaults, spec.min_residency_s) == (("x",), {"temperature": 0.5}, 2)
+    file.write_text(settings.dump(config))
+    assert settings.load(file) == config
+
+
+def test_an_alias_that_is_taken_stops_the_start(tmp_path: Path) -> None:
+    file = tmp_path / "hotswap.toml"
+    file.write_text('[models.a]\nsource = "/a"\naliases = ["b"]\n[models.b]\nsource = "/b"\n')
+    with pytest.raises(SettingsError, match="'b' is a name of model 'b' already"):
+        settings.load(file)

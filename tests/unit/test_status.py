@@ -38,3 +38,10 @@ def test_suspended_requests_are_shown_apart(
     text = shown(replica)
     assert in_flight in text
     assert state in text
+
+
+def test_the_queue_of_class_batch_is_shown_where_it_holds_something() -> None:
+    out = io.StringIO()
+    Console(file=out, width=200).print(_model_table(Snapshot(batch_queue={"b": 3, "a": 12})))
+    assert "requests of class batch in the queue: 12 for a, 3 for b" in out.getvalue()
+    assert "batch" not in shown()

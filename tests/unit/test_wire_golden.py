@@ -20,7 +20,18 @@ import msgspec
 import pytest
 
 import schemas
-from schemas import admin, commands, decisions, events, requests, state, stream
+from schemas import (
+    admin,
+    batches,
+    commands,
+    decisions,
+    events,
+    keys,
+    requests,
+    state,
+    stream,
+    tokenize,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "messages.jsonl"
 
@@ -59,6 +70,7 @@ FACTS = state.ModelFacts(
     max_batch=16,
     runner="embed",
     dimensions=1024,
+    tool_format="hermes",
 )
 TRACE = state.SwapTrace(
     started_at=1767225600.25,
@@ -87,6 +99,7 @@ REPLICA = state.ReplicaStatus(
     reason="checksum",
     cached_bytes=4_194_304,
     settings="246270781ae129ef",
+    batch_in_flight=1,
 )
 SAMPLING = requests.SamplingParams(
     seed=42,
@@ -104,6 +117,20 @@ SAMPLING = requests.SamplingParams(
     stop_token_ids=(2, 32000),
     logit_bias={50256: -100.0},
     logprobs=3,
+    allowed_token_ids=(7, 8),
+    bad_words=("never",),
+    include_stop=True,
+    skip_special_tokens=False,
+    truncate_prompt_tokens=-1,
+    truncation_side="right",
+    cache_salt="pinch",
+    tell_prompt_ids=True,
+    tell_prompt_text=True,
+    grammar=requests.Grammar(
+        kind="json_schema",
+        text='{"type":"object"}',
+        field="response_format.json_schema.schema",
+    ),
 )
 TOKEN = stream.TokenLogprob(token_id=11, logprob=-0.5, text="\\xe2", raw=b"\xe2")
 TOLD = stream.TokenLogprobs(chosen=TOKEN, offset=21, top=(TOKEN,))
@@ -172,6 +199,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         attempt=1,
         queue_wait_s=0.75,
         tenant=TENANT,
+        klass="batch",
     ),
     events.RequestEnded(
         gpu="gpu0",
@@ -185,6 +213,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         error="engine_failed",
         tenant=TENANT,
         prefix_tokens=11,
+        klass="batch",
     ),
     events.RequestWithdrawn(model="m", request_id="req-1", at=AT, reason="client_left"),
     events.LeaderElected(holder="scheduler-1", epoch=5, at=AT),
@@ -219,10 +248,32 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     state.LeaseRecord(holder="scheduler-1", epoch=5),
     _generate(
         requests.ChatPrompt(
-            messages=(requests.ChatMessage(role="user", content="Grüße", name="ada"),)
+            messages=(
+                requests.ChatMessage(
+                    role="user",
+                    content="Grüße",
+                    name="ada",
+                    tool_calls=(requests.ToolCall(id="call_1", name="f", arguments="{}"),),
+                    tool_call_id="call_0",
+                ),
+            ),
+            tools=(
+                requests.Tool(
+                    name="f",
+                    description="does it",
+                    parameters={"type": "object", "properties": {}},
+                    strict=True,
+                ),
+            ),
+            add_generation_prompt=False,
+            continue_final_message=True,
+            add_special_tokens=True,
+            template_kwargs={"enable_thinking": False},
+            documents=({"title": "t", "text": "x"},),
+            reasoning_effort="low",
         )
     ),
-    _generate(requests.TextPrompt(text="Once upon a time")),
+    _generate(requests.TextPrompt(text="Once upon a time", add_special_tokens=False)),
     _generate(requests.TokenPrompt(token_ids=(1, 2, 3))),
     requests.EmbedRequest(
         request_id="req-1",
@@ -240,7 +291,14 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     requests.VerifyRequest(model="m"),
     events.DeploymentFailed(model="m", at=1.5, reason="needs 9 MiB of device memory"),
     stream.Started(**_CHUNK, gpu="gpu0", start="switch", swap=TRACE),
-    stream.Tokens(**_CHUNK, index=7, token_ids=(11, 12), text=" a time", logprobs=(TOLD, TOLD)),
+    stream.Tokens(
+        **_CHUNK,
+        index=7,
+        token_ids=(11, 12),
+        text=" a time",
+        logprobs=(TOLD, TOLD),
+        prompt=stream.PromptTold(num_tokens=3, token_ids=(1, 2, 3), text="Once upon"),
+    ),
     stream.Vectors(**_CHUNK, index=7, dimensions=2, data=b"\x00\x00\x80?\x00\x00\x00\x00"),
     stream.Finished(
         **_CHUNK,
@@ -249,6 +307,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
         completion_tokens=34,
         timing=TIMING,
         text="…",
+        cached_tokens=8,
     ),
     stream.Failed(**_CHUNK, code="engine_failed", message="the engine worker died"),
     stream.Resuming(**_CHUNK, gpu="gpu0"),
@@ -306,6 +365,53 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     admin.SwapOutDeployment(model="m", who="http", gpu="gpu0"),
     admin.MoveDeployment(model="m", source="gpu0", gpu="gpu1", until=AT, who="http"),
     admin.AdminAnswer(outcome="conflict", reason="no room", revision=42, created=True),
+    batches.FileRecord(
+        file="file-1",
+        filename="in.jsonl",
+        purpose="batch",
+        num_bytes=4096,
+        created_at=1767225600,
+        expires_at=1769817600,
+        tenant=TENANT,
+    ),
+    batches.BatchRecord(
+        batch="batch_1",
+        endpoint="/v1/chat/completions",
+        input_file="file-1",
+        completion_window="24h",
+        created_at=1767225600,
+        expires_at=1767312000,
+        status="completed",
+        reached={"in_progress": 1767225601, "completed": 1767229200},
+        metadata={"night": "1"},
+        tenant=TENANT,
+        num_requests=3,
+        num_completed=2,
+        num_failed=1,
+        output_file="file-2",
+        error_file="file-3",
+        errors=(batches.BatchError("invalid_url", "url must be ...", line=2, param="url"),),
+    ),
+    keys.KeyRecord(
+        id=TENANT,
+        name="ada",
+        hash="9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+        role="admin",
+        models=("m", "llama-*"),
+        requests_per_minute=60,
+        tokens_per_minute=100_000,
+        max_concurrent=4,
+        created_at=1767225600,
+        expires_at=1767312000,
+        disabled=True,
+    ),
+    tokenize.TokenizeRequest(
+        model="m", prompt=requests.TextPrompt("Grüße", add_special_tokens=False), token_strs=True
+    ),
+    tokenize.DetokenizeRequest(model="m", token_ids=(1, 2, 3)),
+    tokenize.Tokenized(token_ids=(1, 2), max_model_len=4096, token_strs=("Gr", "Ã¼ÃŁe")),
+    tokenize.Detokenized(text="Grüße"),
+    tokenize.TokenizeFailed(code="invalid_prompt", message="the chat has no messages"),
 )
 
 
@@ -371,12 +477,19 @@ def test_tokens_of_those_who_ask_for_no_log_probabilities_do_not_grow() -> None:
 
 def test_requests_and_events_of_those_who_know_no_tenants_still_decode() -> None:
     told = [example for example in EXAMPLES if getattr(example, "tenant", "")]
-    assert len({type(example) for example in told}) == 4
+    assert len({type(example) for example in told}) == 6
     for example in told:
         fields = json.loads(msgspec.json.encode(example))
         del fields["tenant"]
         old = msgspec.json.decode(json.dumps(fields), type=type(example))
         assert old == msgspec.structs.replace(example, tenant="")
+
+
+def test_requests_without_grammar_and_tools_do_not_grow() -> None:
+    plain = requests.SamplingParams(seed=1)
+    assert msgspec.json.encode(plain) == b'{"seed":1}'
+    prompt = requests.ChatPrompt((requests.ChatMessage("user", "x"),))
+    assert set(json.loads(msgspec.json.encode(prompt))) == {"type", "messages"}
 
 
 @pytest.mark.parametrize("cls", _structs(), ids=lambda cls: cls.__name__)

@@ -1,5 +1,7 @@
 """What runs the requests of a hosted model: a batch with its KV cache, or an embedder."""
 
+from collections.abc import Callable
+
 from services.gpu_agent.engine.batch import Batch
 from services.gpu_agent.engine.blocks import Blocks
 from services.gpu_agent.engine.decode_graph import DecodeGraphs, Recorder, can_record
@@ -19,8 +21,9 @@ def make_batch(
     text: ModelText,
     host_kv: HostKV,
     recorder: Recorder | None,
+    on_ready: Callable[[], None],
 ) -> Batch | Embedder:
-    """``recorder``: for decode steps, where the device has such."""
+    """``recorder``: for decode steps, where the device has such. ``on_ready``: see Batch."""
     facts = hosted.facts
     if hosted.pooling is not None:
         return Embedder(
@@ -40,6 +43,7 @@ def make_batch(
         max_model_len=facts.max_model_len,
         max_batch=facts.max_batch,
         graphs=DecodeGraphs(hosted.module, kv.store, recorder) if recorder and can else None,
+        on_ready=on_ready,
     )
 
 

@@ -20,17 +20,25 @@ from typing import Any, Final
 
 import torch
 
-from schemas.requests import GenerateRequest, SamplingParams
+from schemas.requests import ChatPrompt, GenerateRequest, SamplingParams
 from schemas.stream import ErrorCode
 from services.gpu_agent.arrival import NotArrived
 from services.gpu_agent.engine.decode_graph import DecodeGraphs
+from services.gpu_agent.engine.grammar import Constraint, Grammars, InvalidGrammar
 from services.gpu_agent.engine.kv import CacheView, Span
 from services.gpu_agent.engine.kv_manager import KVManager
 from services.gpu_agent.engine.packed import PackedView, can_pack
 from services.gpu_agent.engine.prompts import InvalidPrompt, ModelText
 from services.gpu_agent.engine.row import Row
-from services.gpu_agent.engine.sampling import BadLogits, check, check_prefix, sample
+from services.gpu_agent.engine.sampling import (
+    BadLogits,
+    GrammarFailed,
+    check,
+    check_prefix,
+    sample,
+)
 from services.gpu_agent.engine.schedule import DEFAULT_CHUNK_TOKENS, Schedule
+from services.gpu_agent.hosted import nothing
 from services.gpu_agent.ipc import Begun, Broke, Done, FromWorker
 
 logger = logging.getLogger(__name__)
@@ -46,9 +54,10 @@ class Batch:
     """All requests of one model. Made at its first swap-in.
 
     ``module`` is a transformers causal language model, ``kv`` its cache, ``graphs`` its recorded
-    decode steps where the device has such. Every ``submit`` ends in exactly one Done or Broke,
-    from the call itself, from a later ``step``, ``expire`` or ``cancel``, or from ``abort``.
-    Nothing here raises for what a request or the model's forward pass does.
+    decode steps where the device has such. ``on_ready()`` is called in another thread when a
+    request's grammar has been read, for which it waited. Every ``submit`` ends in exactly one Done
+    or Broke, from the call itself, from a later ``step``, ``expire`` or ``cancel``, or from
+    ``abort``. Nothing here raises for what a request or the model's forward pass does.
     """
 
     def __init__(
@@ -61,8 +70,11 @@ class Batch:
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         wall_clock: Callable[[], float] = time.time,
         graphs: DecodeGraphs | None = None,
+        on_ready: Callable[[], None] = nothing,
     ) -> None:
         self.module = module
+        self._grammars = Grammars(text.tokenizer, text.eos_ids, text.vocab_size, text.tool_format)
+        self._on_ready = on_ready
         self.kv: Final = kv
         self._text = text
         self._max_model_len = max_model_len
@@ -77,6 +89,11 @@ class Batch:
     @property
     def num_requests(self) -> int:
         return len(self._rows)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether `step` has anything to do: some request waits for no grammar."""
+        return any(not row.awaits_grammar or row.is_grammar_read for row in self._rows)
 
     @property
     def num_parked(self) -> int:
@@ -135,9 +152,10 @@ class Batch:
                 return [*out, Broke(request.request_id, "context_length_exceeded", message)]
             asked = request.sampling.max_tokens
             room = self._limit - len(ids)
-            row = Row.of(request, ids, room if asked is None else min(asked, room), self._text)
+            max_new = room if asked is None else min(asked, room)
+            row = Row.of(request, ids, max_new, self._text, self._constraint(request))
         except InvalidPrompt as error:
-            return [*out, Broke(request.request_id, "invalid_prompt", str(error))]
+            return [*out, Broke(request.request_id, error.code, str(error))]
         if row.max_new < 1:
             return [*out, row.finish("length")]
         if done := row.take_prefix():
@@ -153,6 +171,13 @@ class Batch:
         if most < 0:  # whatever fits, with all the tokens that are to come
             most = max(1, self._limit - (params.max_tokens or 1))
         return ids[-most:] if params.truncation_side == "left" else ids[:most]
+
+    def _constraint(self, request: GenerateRequest) -> Constraint | None:
+        grammar, prompt = request.sampling.grammar, request.prompt
+        if grammar is None:
+            return None
+        tools = prompt.tools if isinstance(prompt, ChatPrompt) else ()
+        return self._grammars.open(grammar, tools, self._on_ready)
 
     def cancel(self, request_id: str) -> list[FromWorker]:
         """End a request now. Nothing where it is not here (it may just have ended)."""
@@ -198,7 +223,7 @@ class Batch:
 
     def step(self) -> list[FromWorker]:
         """One forward pass, if there is anything to compute; what to tell about it."""
-        out = [*self.expire(), *self._admit()]
+        out = [*self.expire(), *self._begin_grammars(), *self._admit()]
         rows = self._rows.next()
         if not rows:
             return out
@@ -218,6 +243,9 @@ class Batch:
             message = f"model {self._text.model!r} failed: {type(error).__name__}: {error}"
             return [*out, *(self._break(row, "engine_failed", message) for row in rows)]
         for row, one in zip(rows, chosen, strict=True):
+            if isinstance(one, GrammarFailed):
+                out.append(self._break(row, "invalid_grammar", str(one)))
+                continue
             if isinstance(one, BadLogits):
                 message = f"model {self._text.model!r}: {one}"
                 out.append(self._break(row, "engine_failed", message))
@@ -225,6 +253,20 @@ class Batch:
             out += row.accept(one)
             if row.ended:
                 self._rows.remove(row)
+        return out
+
+    def _begin_grammars(self) -> list[FromWorker]:
+        """End the requests whose grammar is none; what the others' needs in this thread."""
+        out: list[FromWorker] = []
+        for row in self._rows:
+            if row.awaits_grammar and row.is_grammar_read:
+                try:
+                    row.begin_grammar()
+                    if row.num_new and row.sampler.is_over:  # all that an earlier run left was this
+                        out.append(row.finish("stop"))
+                        self._rows.remove(row)
+                except InvalidGrammar as error:
+                    out.append(self._break(row, error.code, str(error)))
         return out
 
     def _admit(self) -> list[FromWorker]:

@@ -68,6 +68,11 @@ class Embedder:
         self._options = {"use_cache": False} if caches else {}
 
     @property
+    def is_busy(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self.num_requests > 0
+
+    @property
     def num_requests(self) -> int:
         return len(self._jobs)
 

@@ -67,6 +67,7 @@ class NativeEngine(Library):
 
     ``interrupted()``: asked while a forward waits for weights; True gives it up, to be run again
     by a later step. ``on_swap_in_over()`` is called in another thread: `poll` has something.
+    ``on_ready()`` likewise: `step` has something, where it had nothing before.
     """
 
     def __init__(
@@ -75,10 +76,12 @@ class NativeEngine(Library):
         options: EngineOptions | None = None,
         interrupted: Callable[[], bool] = never,
         on_swap_in_over: Callable[[], None] = nothing,
+        on_ready: Callable[[], None] = nothing,
     ) -> None:
         super().__init__(pool, options or EngineOptions())
         self._interrupted = interrupted
         self._on_swap_in_over = on_swap_in_over
+        self._on_ready = on_ready
         self._host_kv = HostKV(self._options.host_kv_bytes, pinned=pool.kind == "cuda")
         self._batches: dict[str, Batch | Embedder] = {}  # of models that are on the device, or were
         self._late: list[FromWorker] = []  # to be told by the next step
@@ -88,7 +91,7 @@ class NativeEngine(Library):
     @property
     def is_busy(self) -> bool:
         """Whether `step` has anything to do now."""
-        return bool(self._late) or any(self._batches[m].num_requests for m in self._turn)
+        return bool(self._late) or any(self._batches[m].is_busy for m in self._turn)
 
     @property
     def next_deadline(self) -> float:
@@ -168,7 +171,8 @@ class NativeEngine(Library):
         batch = self._batches.get(name)
         if batch is None:
             text, recorder = self._text_of(hosted), self._options.recorder
-            batch = make_batch(hosted, self._pool, text, self._host_kv, recorder)
+            what = (hosted, self._pool, text, self._host_kv)
+            batch = make_batch(*what, recorder, self._on_ready)
             self._batches[name] = batch
         return batch
 
@@ -317,7 +321,7 @@ class NativeEngine(Library):
         """
         out, self._late = self._late, []
         out += self._settle([end for batch in self._suspended() for end in batch.expire()])
-        busy = [model for model in self._turn if self._batches[model].num_requests]
+        busy = [model for model in self._turn if self._batches[model].is_busy]
         here = [model for model in busy if self._models[model].state == "resident"]
         if not busy:
             return out

@@ -1,6 +1,8 @@
 """A model's tokenizer side: prompts to token ids, and which ids end a completion."""
 
+import functools
 import inspect
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,8 +11,11 @@ from typing import Any, Final
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from schemas.requests import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from schemas.requests import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt, Tool
+from schemas.state import ToolFormat
+from schemas.stream import ErrorCode
 from services.gpu_agent.engine.pieces import Pieces
+from services.gpu_agent.tool_format import MARKERS, format_of
 
 # What is not a variable of the template, but tells the function that renders it what to do.
 _TEMPLATE_ARGUMENTS: Final = frozenset(
@@ -20,6 +25,14 @@ _TEMPLATE_ARGUMENTS: Final = frozenset(
 
 class InvalidPrompt(Exception):
     """The prompt cannot be turned into tokens of this model. The message is for the client."""
+
+    code: ErrorCode = "invalid_prompt"
+
+
+class NoTools(InvalidPrompt):
+    """The model's chat template knows no tools."""
+
+    code = "tools_not_supported"
 
 
 class BadTokenizer(Exception):
@@ -58,24 +71,54 @@ class ModelText:
         vocab_size = int(config.get_text_config().vocab_size)
         return cls(model, tokenizer, _eos_ids(folder, config, tokenizer), vocab_size)
 
+    @functools.cached_property
+    def tool_format(self) -> ToolFormat:
+        """How its chat template writes calls of tools; "": it knows none."""
+        try:
+            template = self.tokenizer.get_chat_template(tools=[{}])
+        except (ValueError, AttributeError):  # it has none
+            return ""
+        return format_of(template)
+
+    def tokenizer_for(self, prompt: Prompt) -> Any:
+        """What decodes a completion of ``prompt``: markers of tool calls are text where tools are
+        offered, although many tokenizers have them as special tokens.
+        """
+        offers = isinstance(prompt, ChatPrompt) and prompt.tools
+        return self._shows_markers if offers else self.tokenizer
+
+    @functools.cached_property
+    def _shows_markers(self) -> Any:
+        special = set(self.tokenizer.all_special_ids)
+        shown = {i for word in MARKERS if (i := self.tokenizer.get_vocab().get(word)) in special}
+        return _ShowsMarkers(self.tokenizer, special - shown) if shown else self.tokenizer
+
     def encode(self, prompt: Prompt) -> list[int]:
-        """``prompt`` as token ids, at least one. Raises InvalidPrompt."""
-        match prompt:
-            case ChatPrompt():
-                ids = self._encode_chat(prompt)
-            case TextPrompt(text, add_special_tokens):
-                ids = list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
-            case TokenPrompt():
-                ids = list(prompt.token_ids)
+        """``prompt`` as token ids that the model can take, at least one. Raises InvalidPrompt."""
+        ids = self.tokens_of(prompt)
         if not ids:
             raise InvalidPrompt("the prompt is empty: it has no tokens")
+        self.check(ids)
+        return ids
+
+    def check(self, ids: Sequence[int]) -> None:
+        """Raise InvalidPrompt where one of ``ids`` is none of the model's."""
         wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
         if wrong is not None:
             raise InvalidPrompt(
                 f"token id {wrong} is outside the vocabulary of model {self.model!r}, "
                 f"which has ids 0 to {self.vocab_size - 1}"
             )
-        return ids
+
+    def tokens_of(self, prompt: Prompt) -> list[int]:
+        """``prompt`` as token ids, as the tokenizer says. Raises InvalidPrompt."""
+        match prompt:
+            case ChatPrompt():
+                return self._encode_chat(prompt)
+            case TextPrompt(text, add_special_tokens):
+                return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+            case TokenPrompt():
+                return list(prompt.token_ids)
 
     def _encode_chat(self, prompt: ChatPrompt) -> list[int]:
         if not prompt.messages:
@@ -85,19 +128,21 @@ class ModelText:
                 f"model {self.model!r} has no chat template: use the completions endpoint, "
                 "or add chat_template.jinja to the model's folder"
             )
-        variables = self._template_variables(prompt)
-        messages = [
-            {"role": message.role, "content": message.content}
-            | ({} if message.name is None else {"name": message.name})
-            for message in prompt.messages
-        ]
+        if prompt.tools and not self.tool_format:
+            raise NoTools(
+                f"the chat template of model {self.model!r} does not know tools: leave them "
+                "out, or use another model"
+            )
+        messages = [_as_dict(message) for message in prompt.messages]
+        tools = [_tool_as_dict(tool) for tool in prompt.tools]
         try:
             text = self.tokenizer.apply_chat_template(
                 messages,
+                tools=tools or None,
                 tokenize=False,
                 add_generation_prompt=prompt.add_generation_prompt,
                 continue_final_message=prompt.continue_final_message,
-                **variables,
+                **self._template_variables(prompt),
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             # Templates refuse by raise_exception(...), for example a role they do not know.
@@ -160,6 +205,44 @@ class ModelText:
                 clean_up_tokenization_spaces=False,
             )
         )
+
+
+class _ShowsMarkers:
+    """A tokenizer's decoder that drops the special tokens in ``hidden`` only."""
+
+    def __init__(self, tokenizer: Any, hidden: set[int]) -> None:
+        self._tokenizer = tokenizer
+        self._hidden = hidden
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True, **options: Any) -> str:
+        if skip_special_tokens:
+            ids = [token_id for token_id in ids if token_id not in self._hidden]
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, **options))
+
+
+def _as_dict(message: ChatMessage) -> dict[str, Any]:
+    """As chat templates take messages: like OpenAI's, but for arguments, which are no text."""
+    found: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.name is not None:
+        found["name"] = message.name
+    if message.tool_call_id is not None:
+        found["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        found["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.loads(call.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    return found
+
+
+def _tool_as_dict(tool: Tool) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": tool.name, "description": tool.description}
+    function["parameters"] = tool.parameters or {"type": "object", "properties": {}}
+    return {"type": "function", "function": function}
 
 
 def _eos_ids(folder: Path, config: Any, tokenizer: Any) -> frozenset[int]:

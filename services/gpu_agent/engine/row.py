@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from schemas.requests import GenerateRequest
 from schemas.stream import FinishReason, PromptTold, TokenLogprob, TokenLogprobs
 from services.gpu_agent.engine.detokenize import TextStream
+from services.gpu_agent.engine.grammar import Constraint
 from services.gpu_agent.engine.kv import Span
 from services.gpu_agent.engine.kv_manager import RowKV
 from services.gpu_agent.engine.prompts import ModelText
@@ -46,7 +47,14 @@ class Row:
     ended: bool = False
 
     @classmethod
-    def of(cls, request: GenerateRequest, ids: list[int], max_new: int, text: ModelText) -> "Row":
+    def of(
+        cls,
+        request: GenerateRequest,
+        ids: list[int],
+        max_new: int,
+        text: ModelText,
+        constraint: Constraint | None = None,
+    ) -> "Row":
         """Raises InvalidPrompt where its words to avoid have no tokens."""
         params = request.sampling
         bad_words = text.bad_words(params.bad_words)
@@ -55,9 +63,13 @@ class Row:
             ids=ids,
             num_prompt=len(ids),
             max_new=max_new,
-            sampler=Sampler(params, text.eos_ids, ids, bad_words),
+            sampler=Sampler(params, text.eos_ids, ids, bad_words, constraint),
             text=TextStream(
-                text.tokenizer, ids, params.stop, params.include_stop, params.skip_special_tokens
+                text.tokenizer_for(request.prompt),
+                ids,
+                params.stop,
+                params.include_stop,
+                params.skip_special_tokens,
             ),
             model_text=text,
             end_ids=frozenset(params.stop_token_ids)
@@ -67,6 +79,23 @@ class Row:
     @property
     def request_id(self) -> str:
         return self.request.request_id
+
+    @property
+    def awaits_grammar(self) -> bool:
+        """It cannot begin: another thread still reads its grammar."""
+        constraint = self.sampler.constraint
+        return constraint is not None and not constraint.has_begun
+
+    @property
+    def is_grammar_read(self) -> bool:
+        """`begin_grammar` may be called."""
+        constraint = self.sampler.constraint
+        return constraint is not None and constraint.is_ready
+
+    def begin_grammar(self) -> None:
+        """It waits for its grammar no longer. Raises InvalidGrammar."""
+        if self.sampler.constraint:
+            self.sampler.constraint.begin()
 
     @property
     def num_new(self) -> int:
@@ -138,9 +167,10 @@ class Row:
         text, stopped = self.text.push(token_id, may_stop) if is_text else ("", False)
         if stopped:
             return text, ("stop", "")
-        if is_end or self.num_new >= self.max_new:
+        if is_end or self.num_new >= self.max_new or self.sampler.is_over:
             rest, stopped = self.text.flush(may_stop)
-            return text, ("stop" if is_end or stopped else "length", rest)
+            is_whole = is_end or stopped or self.sampler.is_over
+            return text, ("stop" if is_whole else "length", rest)
         return text, None
 
     def _logprobs(self, chosen: Chosen) -> tuple[TokenLogprobs, ...]:

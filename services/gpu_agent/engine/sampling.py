@@ -8,7 +8,7 @@ came about. So a request goes on anywhere, from any token, as it would have gone
 What happens to a row's logits, in the order of transformers' ``generate`` (and of vLLM, but for
 min_p, which vLLM applies before top_k):
 
-    raw ─> bias ─> allowed ─> bad words ─> repetition ─> presence, frequency
+    raw ─> bias ─> allowed ─> bad words ─> repetition ─> presence, frequency ─> grammar
      │       ─> hold back ends (min_tokens) ─> argmax, where greedy
      │       ─> temperature ─> top_k ─> top_p ─> min_p ─> draw
      `─> log_softmax: the log probabilities that are told, OpenAI's and vLLM's default
@@ -33,6 +33,7 @@ from transformers.generation.logits_process import (
 )
 
 from schemas.requests import LOGIT_BIAS_RANGE, MAX_LOGPROBS, SAMPLING_RANGES, SamplingParams
+from services.gpu_agent.engine.grammar import Constraint
 from services.gpu_agent.engine.prompts import InvalidPrompt
 
 # Below this, dividing by the temperature overflows long before it changes the choice.
@@ -44,6 +45,10 @@ LEAST_LOGPROB: Final = -9999.0
 
 class BadLogits(Exception):
     """The model gave no usable probabilities (NaN or all -inf) for this request."""
+
+
+class GrammarFailed(BadLogits):
+    """The request's grammar can not go on. The message is for the client."""
 
 
 class InvalidSampling(InvalidPrompt):
@@ -97,7 +102,9 @@ def check_prefix(token_ids: Sequence[int], vocab_size: int) -> None:
 class Sampler:
     """One request's way to choose. Knows its tokens so far; `sample` tells it of each new one.
 
-    ``end_ids`` and the request's own stop_token_ids are held back until ``min_tokens``.
+    ``end_ids`` and the request's own stop_token_ids are held back until ``min_tokens``. Where there
+    is a grammar, and it allows nothing else, they come all the same; ``end_ids`` that are to be
+    ignored come only then.
     """
 
     def __init__(
@@ -106,8 +113,12 @@ class Sampler:
         end_ids: Collection[int],
         prompt_ids: Sequence[int] = (),
         bad_words: Sequence[Sequence[int]] = (),
+        constraint: Constraint | None = None,
     ) -> None:
         self.num_logprobs: Final = params.logprobs
+        self.constraint: Final = constraint
+        ignored = sorted(end_ids) if constraint and params.ignore_eos else []
+        self._ignored: Any = SuppressTokensLogitsProcessor(ignored) if ignored else None
         self._num_chosen = 0
         ends = sorted({*end_ids, *params.stop_token_ids})
         self._min_tokens = params.min_tokens if ends else 0
@@ -141,7 +152,13 @@ class Sampler:
     @property
     def is_plain_argmax(self) -> bool:
         """Nothing to apply to the logits: the largest one is the answer."""
-        return self._generator is None and not self._processors and not self._holds_back
+        is_free = self.constraint is None and not self._processors and not self._holds_back
+        return self._generator is None and is_free
+
+    @property
+    def is_over(self) -> bool:
+        """The grammar is at its end: nothing may be added."""
+        return self.constraint is not None and self.constraint.is_over
 
     @property
     def _holds_back(self) -> bool:
@@ -157,7 +174,9 @@ class Sampler:
         scores = logits[None, :]
         for processor in self._processors:
             scores = processor(ids, scores)
-        if self._holds_back:
+        if self.constraint:
+            scores = self._constrained(ids, scores)
+        elif self._holds_back:
             scores = self._hold_back(ids, scores)
         best, best_id = scores.max(dim=-1)
         if not math.isfinite(best):
@@ -170,9 +189,22 @@ class Sampler:
         self._generator.manual_seed(seed_at(self._seed, self._num_chosen))
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
+    def _constrained(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        assert self.constraint is not None
+        scores = self.constraint.apply(scores)
+        if self.constraint.error:
+            raise GrammarFailed(f"the grammar can not go on: {self.constraint.error}")
+        for processor in (self._ignored, self._hold_back if self._holds_back else None):
+            held = processor(ids, scores) if processor else scores
+            if held.max() > -math.inf:
+                scores = held
+        return scores
+
     def count(self, token_id: int) -> None:
         """``token_id`` was chosen."""
         self._num_chosen += 1
+        if self.constraint:
+            self.constraint.count(token_id)
         if self._seen:
             self._seen.add(token_id)
         if self._penalties:
@@ -298,6 +330,9 @@ class _Seen:
 def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[Chosen | BadLogits]:
     """The next token of each row of ``logits`` (rows, vocabulary), or why that row has none."""
     best, best_ids = logits.max(dim=-1)
+    for one in samplers:
+        if one.constraint:
+            one.constraint.prepare()  # a GPU is computing what is waited for next
     usable = torch.isfinite(best).tolist()
     greedy = best_ids.tolist()
     travels = [i for i, one in enumerate(samplers) if usable[i] and not one.is_plain_argmax]

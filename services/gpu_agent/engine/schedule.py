@@ -75,13 +75,14 @@ class Schedule:
     # -- one step --------------------------------------------------------------------------
 
     def admit(self) -> list[Row]:
-        """First come, first served, where there are blocks for all its tokens and one more."""
+        """First come, first served, where there are blocks for all its tokens and one more. Who
+        still waits for a grammar is passed by.
+        """
         admitted = []
-        while self._waiting and len(self._running) < self._max_batch:
-            row = self._waiting[0]
-            if not self.kv.place(row.kv, row.ids):
+        for row in [row for row in self._waiting if not row.awaits_grammar]:
+            if len(self._running) >= self._max_batch or not self.kv.place(row.kv, row.ids):
                 break
-            self._waiting.popleft()
+            self._waiting.remove(row)
             self._running[row.request_id] = row
             # With all but its last token cached there is nothing to fill: it decodes.
             is_whole = 0 < row.num_cached == len(row.ids) - 1

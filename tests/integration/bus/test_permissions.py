@@ -7,7 +7,15 @@ import pytest
 from schemas import names
 from schemas.admin import AdminAnswer, SwapOutDeployment
 from schemas.commands import Command, SwapIn
-from schemas.events import DecisionMade, Event, LeaderElected, RequestWithdrawn, kind_of
+from schemas.events import (
+    DecisionMade,
+    Event,
+    LeaderElected,
+    LoadProgressed,
+    RequestWithdrawn,
+    kind_of,
+)
+from schemas.keys import KeyRecord
 from schemas.requests import CancelRequest
 from schemas.state import (
     AgentStatus,
@@ -18,7 +26,8 @@ from schemas.state import (
     PredictedWait,
     ResidencyRecord,
 )
-from schemas.stream import Tokens
+from schemas.stream import ResumeFrom, Tokens
+from schemas.tokenize import Detokenized, DetokenizeRequest, TokenizeAnswer
 from services.bus import (
     Bucket,
     Delivery,
@@ -40,12 +49,25 @@ FORBIDDEN_TO_PUBLISH = [
     ("api", "$KV.HS_MODELS.x"),
     ("api", "$KV.HS_DEPLOYMENTS.x"),
     ("api", "$KV.HS_LEASES.scheduler.leader"),
+    ("scheduler", "$KV.HS_KEYS.x"),
+    ("scheduler", "$JS.API.STREAM.MSG.GET.KV_HS_KEYS"),
+    ("agent", "$KV.HS_KEYS.x"),
+    ("agent", "$JS.API.CONSUMER.CREATE.KV_HS_KEYS"),
     ("api", "_INBOX_agent.x"),
     ("api", "$JS.API.STREAM.DELETE.HS_REQUESTS"),
     ("api", names.wait_subject(MODEL)),
     ("api", names.event_subject("decision_made", "g0", MODEL)),
+    ("api", names.result_subject("batch_1", 1)),
+    ("api", f"$JS.API.CONSUMER.CREATE.HS_BATCH.{names.consumer_name(MODEL)}"),
     ("scheduler", names.request_subject("interactive", MODEL)),
+    ("scheduler", names.request_subject("batch", MODEL)),
+    ("scheduler", f"$JS.API.DIRECT.GET.HS_BATCH.{names.request_subject('batch', MODEL)}"),
+    ("scheduler", "$JS.API.DIRECT.GET.HS_BATCH"),
+    ("scheduler", "$JS.API.CONSUMER.CREATE.HS_RESULTS"),
+    ("scheduler", names.file_subject("file-1")),
     ("scheduler", "_INBOX_api.x"),
+    ("scheduler", names.tokenize_subject(MODEL)),
+    ("agent", names.tokenize_subject(MODEL)),
     ("scheduler", f"$JS.API.CONSUMER.CREATE.HS_REQUESTS.{names.consumer_name(MODEL)}"),
     ("scheduler", "$JS.API.STREAM.MSG.GET.HS_REQUESTS"),
     ("scheduler", f"$JS.API.DIRECT.GET.HS_REQUESTS.{names.request_subject('batch', MODEL)}"),
@@ -59,13 +81,25 @@ FORBIDDEN_TO_PUBLISH = [
     ("agent", names.event_subject("decision_made", "g0", MODEL)),
     ("agent", names.wait_subject(MODEL)),
     ("agent", "$JS.API.STREAM.PURGE.HS_REQUESTS"),
+    ("agent", "$JS.API.STREAM.PURGE.HS_RESULTS"),
+    ("agent", names.request_subject("batch", MODEL)),
+    ("agent", names.file_subject("file-1")),
+    ("agent", "$KV.HS_BATCHES.batch_1"),
+    ("agent", "$JS.API.DIRECT.GET.HS_FILE_DATA"),
 ]
 FORBIDDEN_TO_SUBSCRIBE = [
     ("scheduler", "hs.v1.requests.>"),
     ("scheduler", "_INBOX_api.>"),
     ("scheduler", ">"),
     ("api", "hs.v1.agent.*.command"),
+    ("api", names.events_subject()),
+    ("api", names.events_subject("request_ended")),
     ("api", "_INBOX_agent.>"),
+    ("scheduler", "hs.v1.results.>"),
+    ("scheduler", "hs.v1.files.>"),
+    ("agent", "hs.v1.results.>"),
+    ("api", names.tokenize_subject()),
+    ("scheduler", names.tokenize_subject()),
     ("agent", "_INBOX_api.>"),
     ("agent", "hs.v1.requests.>"),
     ("agent", "hs.v1.admin.>"),
@@ -115,6 +149,8 @@ async def test_every_service_can_do_what_it_needs(
         (scheduler, f"{names.PREFIX}.events.>", Event),
         (scheduler, names.status_subject(), AgentStatus),
         (api, names.wait_subject(), PredictedWait),
+        (api, names.events_subject("load_progressed"), LoadProgressed),
+        (agent, f"{agent.inbox}.resume.*", ResumeFrom),
         (agent, names.command_subject("g0"), Command),
         (agent, names.cancel_subject(), CancelRequest),
         (agent, names.event_subject("leader_elected"), LeaderElected),
@@ -160,20 +196,41 @@ async def test_every_service_can_do_what_it_needs(
     await puller.start()
     await puller.want(1)
 
-    # the api sees state, queues, withdraws, cancels
+    async def tokenize(raw: RawMessage) -> None:
+        await agent.publish(raw.reply, Detokenized("x"))
+
+    await agent.subscribe_raw(names.tokenize_subject(MODEL), tokenize, queue=names.TOKENIZE_GROUP)
+    await agent.flush()
+
+    # the api sees state, queues, withdraws, cancels, asks for tokens
+    question = DetokenizeRequest(MODEL, (7,))
+    subject = names.tokenize_subject(MODEL)
+    assert await api.request(subject, question, TokenizeAnswer, 5.0) == Detokenized("x")
     assert await Bucket(api, names.BUCKET_MODELS, DeploymentRecord).items()
     assert await Bucket(api, names.BUCKET_RESIDENCY, ResidencyRecord).items()
     assert await Bucket(api, names.BUCKET_LEASES, LeaseRecord).items()
+    keys = Bucket(api, names.BUCKET_KEYS, KeyRecord)
+    await keys.put("k", KeyRecord("k", "ada", "0"))
+    assert list(await keys.items()) == ["k"]
     queue = WorkQueue(api)
     await queue.enqueue(request(reply_to=f"{api.inbox}.r.1"))
     assert await queue.withdraw(await queue.enqueue(request("other")))
     withdrawn = RequestWithdrawn("other", "r", time.time(), "client_left")
     await api.publish(names.event_subject(kind_of(withdrawn), model="other"), withdrawn)
     await api.publish(names.cancel_subject(MODEL), CancelRequest("r", MODEL))
-    sent += [STATUS, withdrawn, CancelRequest("r", MODEL)]
+    known = ResumeFrom("r", "run", (1, 2))
+    await api.publish(f"{agent.inbox}.resume.r", known)
+    seq = await queue.enqueue(request("other", request_id="held"))
+    assert await queue.holds(seq, "held")
+    assert not await queue.holds(seq, "another")
+    assert await queue.withdraw(seq)
+    assert not await queue.holds(seq, "held")
+    load = LoadProgressed("g0", MODEL, time.time(), 1, 2)
+    await agent.publish(names.event_subject(kind_of(load), "g0", MODEL), load)
+    sent += [STATUS, withdrawn, CancelRequest("r", MODEL), known, load, load]
 
     await chunks.count(1)
-    await demand.count(2)
+    await demand.count(3)
     await heard.count(len(sent))
     assert sorted(map(repr, heard.all)) == sorted(map(repr, sent))
     assert (await WorkQueue(scheduler).depths())[0].get("other") is None
