@@ -92,6 +92,12 @@ class ApiRig:
 
     async def through_api(self) -> float:
         """Seconds from the first byte of an HTTP request to the first token of its answer."""
+        try:
+            return await self._through_api()
+        except ConnectionError:  # the server closed it just now: it was idle for too long
+            return await self._through_api()
+
+    async def _through_api(self) -> float:
         await self._one.connect()
         began = time.perf_counter()
         self._one.send(PATH, chat("now", 8))
@@ -158,16 +164,14 @@ class ApiRig:
 
     async def stream_api(self, num_tokens: int) -> float:
         """Tokens per second over all streams, through queue, agent, bus and api."""
-        for connection in self._streams:
-            await connection.connect()
+        await _connect_anew(self._streams)
         for connection in self._streams:
             connection.send(PATH, chat(f"gate {len(self._streams)}", num_tokens))
         return await self._rate(self._streams, num_tokens)
 
     async def stream_bare(self, num_tokens: int) -> float:
         """Events with a token per second over all streams, from the bare server."""
-        for connection in self._bare_streams:
-            await connection.connect()
+        await _connect_anew(self._bare_streams)
         for connection in self._bare_streams:
             connection.send(f"/?{len(self._bare_streams)}", {})
         return await self._rate(self._bare_streams, num_tokens)
@@ -185,6 +189,13 @@ class ApiRig:
         """Processor time that the api has used."""
         times = self._api.cpu_times()
         return float(times.user + times.system)
+
+
+async def _connect_anew(streams: list[Connection]) -> None:
+    """Or the server might close one that was idle, at the moment in which it is used."""
+    for connection in streams:
+        connection.close()
+        await connection.connect()
 
 
 async def _line(process: Process) -> str:
