@@ -7,11 +7,11 @@ export PYTHON
 
 # Passed to pip for torch only: say, the options that name an index of builds without CUDA.
 TORCH_PIP_ARGS ?=
-# Passed on by `make demo`, `make pytest` and `make bench`, e.g. ARGS=--quick.
+# Passed on by `make demo`, `make pytest`, `make fuzz` and `make bench`, e.g. ARGS=--quick.
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint pytest format bench lock clean
+.PHONY: help demo test lint pytest fuzz format bench lock clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ lint: $(VENV)/.installed-dev ## format, lint, strict types, import rules, bus do
 pytest: $(VENV)/.installed-dev ## the tests alone; ARGS='-k swap' picks some
 	@echo "==> pytest"
 	@$(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(VENV)/.installed-dev ## thousands of generated requests against the OpenAPI document
+	@$(BIN)/python -m tests.conformance.fuzz $(ARGS)
 
 format: $(VENV)/.installed-dev ## rewrite files in the agreed format
 	@$(BIN)/ruff format .

@@ -15,6 +15,7 @@ from schemas.commands import Command
 from schemas.events import Event, LeaderElected
 from schemas.state import AgentStatus, ModelFacts, ReplicaStatus
 from services.bus import Bus, Message, declare
+from services.bus.topology import MAX_QUEUED_PER_MODEL
 from services.ops.nats_server import NatsPlan, free_port, write_config
 from services.settings import Settings, dump
 
@@ -135,7 +136,7 @@ class Rig:
 
 
 @contextlib.asynccontextmanager
-async def open_rig() -> AsyncIterator[Rig]:
+async def open_rig(max_queued_per_model: int = MAX_QUEUED_PER_MODEL) -> AsyncIterator[Rig]:
     """Start a nats-server on free ports, and stop all in the end."""
     with tempfile.TemporaryDirectory(prefix="hotswap-bench-") as name:
         folder = Path(name)
@@ -145,7 +146,7 @@ async def open_rig() -> AsyncIterator[Rig]:
         )
         try:
             bus = await Bus.connect(plan.credentials["admin"], service="bench")
-            await declare(bus)
+            await declare(bus, max_queued_per_model)
             rig = Rig(plan, bus, folder)
             try:
                 await rig.watch()

@@ -14,13 +14,12 @@ index is a function of the tokens before it, so the places where chunks met (``_
 valid for every run.
 """
 
-from dataclasses import dataclass
+import msgspec
 
 from schemas.stream import Finished, PromptTold, TokenLogprobs, Tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True):
     """What the client gets of one chunk. ``logprobs``: one per new token, where it asks."""
 
     text: str
@@ -45,8 +44,9 @@ class Answer:
 
     def is_stale(self, run: str, attempt: int) -> bool:
         """Whether ``run`` has been delivered to an agent again since ``attempt``."""
-        newest = self._attempts.setdefault(run, attempt)
-        self._attempts[run] = max(newest, attempt)
+        newest = self._attempts.get(run, 0)
+        if attempt > newest:
+            self._attempts[run] = attempt
         return attempt < newest
 
     def num_attempts(self, run: str) -> int:
@@ -64,8 +64,13 @@ class Answer:
         start = self._char_at.get(index)
         if index > known or start is None:
             return None
-        overlap = self.token_ids[index : index + len(chunk.token_ids)]
         text = chunk.text
+        if index == known and start == self._num_chars and chunk.token_ids:  # nothing is known yet
+            self.token_ids.extend(chunk.token_ids)
+            self._append(text)
+            self._char_at[index + len(chunk.token_ids)] = self._num_chars
+            return Piece(text, chunk.logprobs, chunk.token_ids)
+        overlap = self.token_ids[index : index + len(chunk.token_ids)]
         if overlap or start < self._num_chars:
             seen = self._text_from(start)[: len(text)]
             if overlap != list(chunk.token_ids[: len(overlap)]) or not text.startswith(seen):

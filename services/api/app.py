@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib import resources
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import msgspec
@@ -80,6 +81,7 @@ def build(
             *BATCH_HANDLERS,
             healthz,
             readyz,
+            get_version,
             schema_page,
             openapi_json,
             *KEY_ROUTES,
@@ -215,10 +217,20 @@ class Health(msgspec.Struct):
     missing: list[str] = []
 
 
-@get("/healthz")
+@get(["/healthz", "/health", "/ping"])
 async def healthz() -> Response[bytes]:
-    """200 while the process lives."""
+    """200 while the process lives. The other two are its names at vLLM."""
     return _json(Health("ok"))
+
+
+class Version(msgspec.Struct):
+    version: str
+
+
+@get("/version")
+async def get_version() -> Response[bytes]:
+    """Of this server."""
+    return _json(Version(version("hotswap")))
 
 
 @get("/readyz")

@@ -172,9 +172,9 @@ class Background:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    def run(self, call: Call, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Start ``work``, in the trace of ``call``."""
-        task = asyncio.create_task(work, context=call.context.copy())
+    def run(self, call: Call | None, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Start ``work``, in the trace of ``call`` if it is for one."""
+        task = asyncio.create_task(work, context=call.context.copy() if call else None)
         self._tasks.add(task)
         task.add_done_callback(self._on_done)
         return task

@@ -236,6 +236,7 @@ class Catalog:
     def _describe(self, record: DeploymentRecord, name: str) -> Model:
         gpus = self.states(record.spec.name)
         facts = record.facts
+        max_model_len = facts.max_model_len if facts else record.spec.max_model_len
         return Model(
             id=name,
             created=record.created_at,
@@ -244,10 +245,11 @@ class Catalog:
                 state=nearest(gpus),
                 gpus=gpus,
                 weight_bytes=facts.weight_bytes if facts else None,
-                max_model_len=facts.max_model_len if facts else record.spec.max_model_len,
+                max_model_len=max_model_len,
                 reason=record.reason,
                 alias_of=UNSET if name == record.spec.name else record.spec.name,
             ),
+            max_model_len=max_model_len,
         )
 
     def _on_deployment(self, key: str, record: DeploymentRecord | None) -> None:

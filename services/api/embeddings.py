@@ -20,6 +20,7 @@ from services.api.errors import invalid
 from services.api.forms import served_of
 from services.api.openai import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
 from services.api.parsing import Prepare, as_it_came, convert, json_object
+from services.api.prompts import bad_token_id
 from services.api.relay import Relay
 from services.api.respond import watch
 from services.api.served import answer_headers
@@ -82,8 +83,8 @@ def _input(where: str, given: str | list[Any] | int) -> EmbedInput:
     if strange:
         words = f"{where} holds {fields.show(strange[0])}, which is no token id."
         raise invalid("input", words, "invalid_type")
-    if min(given) < 0:
-        words = f"{where}: {min(given)} is not a token id; they start at 0."
+    if (wrong := bad_token_id(given)) is not None:
+        words = f"{where}: {fields.show(wrong)} is not a token id; they start at 0."
         raise invalid("input", words)
     return tuple(given)
 

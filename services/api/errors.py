@@ -12,12 +12,14 @@
 |        | disabled_api_key                                     |                                 |
 | 403    | insufficient_role, model_not_allowed                 | the key does not allow it       |
 | 404    | model_not_found, deployment_not_found,               |                                 |
-|        | key_not_found, unknown_url, unknown_action           |                                 |
+|        | key_not_found, unknown_url, unknown_action,          |                                 |
+|        | file_not_found, batch_not_found                      |                                 |
 | 405    | method_not_allowed                                   | with Allow                      |
 | 408    | request_timeout                                      | its head or body did not come   |
-| 409    | key_conflict, conflict                               | the change can not be made      |
+| 409    | key_conflict, conflict, file_in_use,                 | not as things stand             |
+|        | batch_not_cancellable                                |                                 |
 | 412    | precondition_failed                                  | If-Match names another version  |
-| 413    | request_too_large                                    |                                 |
+| 413    | request_too_large, file_too_large                    |                                 |
 | 429    | queue_full, rate_limit_exceeded,                     | with Retry-After                |
 |        | concurrency_limit_exceeded                           |                                 |
 | 431    | headers_too_large                                    |                                 |
@@ -27,6 +29,7 @@
 |        | tokenizer_unavailable                                |                                 |
 |        | slow_reader                                          | only inside a stream            |
 | 504    | deadline_exceeded                                    |                                 |
+| 507    | no_room                                              | for a file                      |
 """
 
 import http

@@ -46,9 +46,8 @@ async def open_fan(parsed: Parsed, request_id: str, relay: Relay, open_one: Open
     ]
     try:
         await asyncio.gather(*opening, return_exceptions=True)
-    except (
-        asyncio.CancelledError
-    ):  # those still on their way were cancelled, and took themselves back
+    except asyncio.CancelledError:
+        # Those still on their way were cancelled, too, and took themselves back.
         for one in opening:
             if not one.cancelled() and not one.exception():
                 relay.client_left(one.result())

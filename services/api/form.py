@@ -9,7 +9,7 @@ from services.api.openai import CompletionRequest, SamplingFields
 
 MAX_N = 128  # as OpenAI
 MAX_CHOICES = 512  # n times prompts: each is a request in the queue
-_MAX_ID = 256
+MAX_ID = 256
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class AnswerForm:
 def form_of(request: SamplingFields, prompts: Sequence[Prompt]) -> AnswerForm:
     """Raises ApiError (400)."""
     options, request_id = request.stream_options, request.request_id
-    if request_id is not None and not 1 <= len(request_id) <= _MAX_ID:
-        words = f"request_id has {len(request_id)} characters; it must have 1 to {_MAX_ID}."
+    if request_id is not None and not 1 <= len(request_id) <= MAX_ID:
+        words = f"request_id has {len(request_id)} characters; it must have 1 to {MAX_ID}."
         raise invalid("request_id", words)
     return AnswerForm(
         n=_num_choices(request, len(prompts)),

@@ -14,6 +14,7 @@ from services.api import logprobs, openai
 from services.api.answer import Piece
 from services.api.call import Call
 from services.api.fan import Choices, Told
+from services.api.frames import Frame
 from services.api.openai import WireFinishReason
 from services.api.parsing import Parsed
 from services.api.served import served
@@ -156,6 +157,10 @@ class _Chunks(abc.ABC):
         self._no_usage = None if parsed.include_usage else UNSET
         self._num_tokens = 0  # told so far, of all choices
         self._unopened = set(range(len(fan.calls)))  # choices of which nothing was told
+        # Whether the events of a choice's tokens are alike but for the text.
+        form = parsed.form
+        self._is_plain = not (form.token_ids or form.usage_in_chunks or parsed.tool_parser)
+        self._frames: dict[int, Frame] = {}  # of choices
 
     def opening(self) -> Iterator[bytes]:
         return iter(())
@@ -168,6 +173,8 @@ class _Chunks(abc.ABC):
             return first + self._chunk(index, _NOTHING, _reason(what))
         self._num_tokens += len(what.token_ids)
         piece = self._begin(index, what) if index in self._unopened else what
+        if self._is_plain and piece.text and not piece.logprobs:
+            return self._frame(index).fill(piece.text)
         if piece.text or piece.logprobs or (self._wants_ids and piece.token_ids):
             return self._chunk(index, piece)
         return b""
@@ -181,6 +188,11 @@ class _Chunks(abc.ABC):
         self._unopened.discard(index)
         echo = _echo(self._parsed, self._fan, index)
         return Piece(echo + piece.text, piece.logprobs, piece.token_ids) if echo else piece
+
+    def _frame(self, index: int) -> Frame:
+        if (frame := self._frames.get(index)) is None:
+            frame = self._frames[index] = Frame(lambda text: self._chunk(index, Piece(text)))
+        return frame
 
     def _usage(self) -> openai.Usage | UnsetType | None:
         """Of a chunk before the last: nothing, or what is told so far where that is asked for."""

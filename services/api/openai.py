@@ -442,6 +442,7 @@ class Model(msgspec.Struct):
     id: str
     created: int
     hotswap: HotswapInfo
+    max_model_len: int | None = None  # here too, as vLLM has it: its clients look for it
     object: Literal["model"] = "model"
     owned_by: str = "hotswap"
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from services.api import fields, keys_routes, openai, openapi_deployments
+from services.api import constraints, fields, keys_routes, openai, openapi_deployments
 from services.api.batches import described
 from services.api.errors import ErrorBody
 from services.api.fields import Endpoint
@@ -112,7 +112,7 @@ def build() -> Json:
                             "in": "path",
                             "required": True,
                             "description": "The model's name; it may hold slashes.",
-                            "schema": {"type": "string"},
+                            "schema": {"type": "string", "minLength": 1},
                         }
                     ]
                 }
@@ -121,6 +121,9 @@ def build() -> Json:
             **described.paths(_of, _errors),
             **_key_paths(),
             "/healthz": {"get": _health("healthz", "Is the process alive?")},
+            "/health": {"get": _health("health", "As /healthz, where vLLM has it")},
+            "/ping": {"get": _health("ping", "As /healthz")},
+            "/version": {"get": _version()},
             "/readyz": {
                 "get": _health("readyz", "Could a request be answered?", "What is missing.")
             },
@@ -161,9 +164,20 @@ def _generate(
     )
     content = {
         "application/json": _of(answer),
-        "text/event-stream": {"schema": {"type": "string", "description": events}},
+        "text/event-stream": {"schema": _event_of(chunk)},
     }
     return _answer(operation, summary, request, f"The answer. With `stream`: {events}", content)
+
+
+def _event_of(chunk: type[msgspec.Struct]) -> Json:
+    """One event, as JSON Schema describes those of a stream before OpenAPI 3.2."""
+    told = {"anyOf": [_of(chunk)["schema"], _of(ErrorBody)["schema"]]}
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": told}
+    return {
+        "type": "object",
+        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, data]}},
+        "required": ["data"],
+    }
 
 
 def _answer(
@@ -279,6 +293,14 @@ def _health(operation: str, summary: str, problem: str = "") -> Json:
     return {"operationId": operation, "summary": summary, "security": [], "responses": responses}
 
 
+def _version() -> Json:
+    text = {"type": "object", "properties": {"version": {"type": "string"}}}
+    content = {"application/json": {"schema": text | {"required": ["version"]}}}
+    words = "The version of this server"
+    responses = {"200": {"description": words, "content": content}}
+    return {"operationId": "version", "summary": words, "responses": responses}
+
+
 def _errors(*statuses: int) -> Json:
     return {
         str(status): {
@@ -318,6 +340,7 @@ def _schemas() -> Json:
     _, schemas = msgspec.json.schema_components(kinds, ref_template=_REF)
     for kind in kinds:
         schemas[kind.__name__]["description"] = inspect.cleandoc(kind.__doc__ or "")
+    constraints.apply(schemas)
     _add_known_fields(schemas["ChatCompletionRequest"], "chat")
     _add_known_fields(schemas["CompletionRequest"], "completion")
     _add_known_fields(schemas["EmbeddingRequest"], "embedding")

@@ -6,6 +6,7 @@ The body is decoded to plain values first: only they can show which fields came 
 struct has, and what value a wrong field had.
 """
 
+import contextlib
 import re
 import secrets
 from collections.abc import Callable
@@ -146,7 +147,19 @@ def convert(raw: dict[str, Any], kind: type[T]) -> T:
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
+        # JSON has one kind of number: 1.0 may stand for 1, also where msgspec does not see it.
+        with contextlib.suppress(msgspec.ValidationError):
+            return msgspec.convert(_whole_numbers(raw), kind)
         raise _explain(error, raw) from error
+
+
+def _whole_numbers(value: Any) -> Any:
+    """``value`` with integers for floats that are whole."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, dict):
+        return {key: _whole_numbers(one) for key, one in value.items()}
+    return [_whole_numbers(one) for one in value] if isinstance(value, list) else value
 
 
 def _explain(error: msgspec.ValidationError, raw: dict[str, Any]) -> ApiError:
@@ -178,7 +191,7 @@ def messages_of(given: list[Message]) -> tuple[ChatMessage, ...]:
 
 def _message(index: int, message: Message) -> ChatMessage:
     where = f"messages[{index}]"
-    if message.function_call:
+    if message.function_call not in (None, []):
         param = f"{where}.function_call"
         words = f"{param} is not supported by this server: send tool_calls."
         raise ApiError(400, "unsupported_parameter", words, param=param)

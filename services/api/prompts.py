@@ -19,10 +19,10 @@ from services.api.form import AnswerForm
 from services.api.openai import ChatCompletionRequest, CompletionRequest, SamplingFields
 
 MAX_PROMPTS = 512
-_MAX_SALT = 1024
+MAX_SALT = 1024
 _MAX_TOKENS = (1 << 31) - 1
 # Of the function that renders a chat template: no variables of the template.
-_RESERVED = frozenset(
+RESERVED = frozenset(
     {
         "add_generation_prompt",
         "chat_template",
@@ -78,9 +78,16 @@ def _tokens(where: str, given: Any) -> TokenPrompt:
     if strange is not None:
         words = f"{where} holds {show(strange)} among token ids; they can not stand in one list."
         raise invalid("prompt", words, "invalid_type")
-    if min(given) < 0:
-        raise invalid("prompt", f"{where}: {min(given)} is not a token id; they start at 0.")
+    if (wrong := bad_token_id(given)) is not None:
+        raise invalid("prompt", f"{where}: {show(wrong)} is not a token id; they start at 0.")
     return TokenPrompt(tuple(given))
+
+
+def bad_token_id(ids: list[int]) -> int | None:
+    """The first of ``ids`` that no model can have."""
+    if not ids or (min(ids) >= 0 and max(ids) <= _MAX_TOKENS):
+        return None
+    return next(i for i in ids if not 0 <= i <= _MAX_TOKENS)
 
 
 # -- chats ---------------------------------------------------------------------------------
@@ -113,7 +120,7 @@ def template_options(
     if continue_final_message and add_generation_prompt:
         words = "continue_final_message and add_generation_prompt can not both be true."
         raise invalid("continue_final_message", words)
-    if template_kwargs and (reserved := sorted(_RESERVED & template_kwargs.keys())):
+    if reserved := sorted(RESERVED & (template_kwargs or {}).keys()):
         words = (
             f"chat_template_kwargs can not have {reserved[0]!r}: it is no variable of a template."
         )
@@ -137,8 +144,8 @@ def with_options(
         words = f"truncate_prompt_tokens = {show(most)} must be a number of tokens, or -1 for "
         raise invalid("truncate_prompt_tokens", words + "as many as the model can take.")
     salt = request.cache_salt
-    if salt is not None and not 1 <= len(salt) <= _MAX_SALT:
-        words = f"cache_salt has {len(salt)} characters; it must have 1 to {_MAX_SALT}."
+    if salt is not None and not 1 <= len(salt) <= MAX_SALT:
+        words = f"cache_salt has {len(salt)} characters; it must have 1 to {MAX_SALT}."
         raise invalid("cache_salt", words)
     tells_text = form.echoes is not None and None in form.echoes
     if most is None and salt is None and not form.token_ids and not tells_text:

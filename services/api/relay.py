@@ -50,7 +50,7 @@ from services.api.runs import Runs
 from services.api.taking_back import TakingBack, WithdrawReason
 from services.api.waits import RetryAfter, unknown
 from services.bus import Bus, BusError, QueueFull, WorkQueue
-from services.bus.connection import Hook, RawMessage
+from services.bus.connection import Hook
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Relay:
 
     async def start(self) -> None:
         """Listen for replies. After this, `open` may be called."""
-        self._unsubscribe = await self._bus.subscribe_raw(f"{self._bus.inbox}.r.*", self._on_reply)
+        self._unsubscribe = await self._bus.listen(f"{self._bus.inbox}.r.*", self._on_reply)
         self._undo_hook = self._bus.on_reconnect(self._on_reconnect)
 
     async def open(
@@ -234,18 +234,20 @@ class Relay:
 
     # -- chunks in -------------------------------------------------------------------------
 
-    async def _on_reply(self, raw: RawMessage) -> None:
-        request_id = raw.subject.rsplit(".", 1)[1]
+    def _on_reply(self, subject: str, data: bytes, headers: bytes, reply: str) -> None:
+        """Called for every token of every stream: what has to wait does so beside it."""
+        request_id = subject.rsplit(".", 1)[1]
         try:
-            chunk = self._decoder.decode(raw.data)
+            chunk = self._decoder.decode(data)
         except msgspec.DecodeError as error:
             log.error("request %s: unreadable chunk: %s", request_id, error)
             return  # its tokens will be missed, and the request runs again
         call = self._calls.get(request_id)
         if isinstance(chunk, Resuming):
-            await self._runs.resume(request_id, call, chunk, raw.reply)
+            self._runs.resume(request_id, call, chunk, reply)
         elif call is None:
-            await self._taking_back.on_chunk(request_id, chunk)
+            if model := self._taking_back.on_chunk(request_id, chunk):
+                self._background.run(None, self._taking_back.cancel(model, chunk.request_id))
         elif not call.answer.is_stale(chunk.request_id, chunk.attempt):
             self._on_chunk(call, chunk)
 
@@ -322,9 +324,9 @@ class Relay:
         """Ways 1 and 2: ``run`` has ended at its agent; stop the others, if there are any."""
         self._drop(call, how)
         self._taking_back.note_end(call)
-        others = [other for other in call.runs if other != run]
-        if others:
-            self._background.run(call, self._taking_back.take_back(call, others, None))
+        call.runs.pop(run, None)
+        if call.runs:
+            self._background.run(call, self._taking_back.take_back(call, list(call.runs), None))
 
     def _drop(self, call: Call, how: Finished | Exception) -> None:
         call.end(how)

@@ -62,7 +62,7 @@ class Runs:
             await self._taking_back.withdraw(call, run)
         return is_new
 
-    async def resume(self, request_id: str, call: Call | None, query: Resuming, reply: str) -> None:
+    def resume(self, request_id: str, call: Call | None, query: Resuming, reply: str) -> None:
         """An agent was given a run that may have run before: where does it go on, if at all?
 
         ``call``: what is open under ``request_id``.
@@ -79,8 +79,9 @@ class Runs:
                 words = "request %s goes on at gpu %s, behind %d tokens"
                 log.warning(words, run, query.gpu, len(answer.token_ids))
                 if call.started.gpu != query.gpu:  # it may live, and not know
-                    await self._taking_back.cancel(call.model, run, call.started.gpu)
-        await self._bus.publish(reply, answer)
+                    cancel = self._taking_back.cancel(call.model, run, call.started.gpu)
+                    self._background.run(call, cancel)
+        self._background.run(call, self._bus.publish(reply, answer))
 
     def again(self, call: Call, run: str, why: str) -> None:
         """``run`` gave no complete answer, which is nobody's fault: a new one in its place."""

@@ -56,7 +56,29 @@ class ApiStartError(SettingsError):
     """The api can not start; the message names key and value."""
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
+    """The HTTP server as this api sets it up."""
+
+    def __init__(
+        self, app: ASGIApp, api: ApiSettings, certificate: ssl.SSLContext | None = None
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=bounded(api.read_timeout_s, api.write_timeout_s, api.max_connections),
+                ssl_context_factory=(lambda config, default: certificate) if certificate else None,
+                timeout_keep_alive=api.keep_alive_s,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                backlog=_BACKLOG,
+                timeout_graceful_shutdown=int(SHUTDOWN_GRACE_S) + _LAST_WORDS_S,
+            )
+        )
+
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         """Leave the signals alone: the caller has its own, and sets ``stop``."""
@@ -68,7 +90,7 @@ async def run(settings: Settings, bus_options: BusOptions, *, stop: asyncio.Even
     api = settings.api
     certificate = _certificate(api)
     _allow_files(api.max_connections + _OTHER_FILES)
-    listener = _listen(api.host, api.port)
+    listener = listen(api.host, api.port)
     _say_who_may_come(api)
     try:
         bus = await Bus.connect(bus_options, service="api")
@@ -137,21 +159,7 @@ async def _serve(
     api: ApiSettings,
     certificate: ssl.SSLContext | None,
 ) -> None:
-    config = uvicorn.Config(
-        app,
-        http=bounded(api.read_timeout_s, api.write_timeout_s, api.max_connections),
-        ssl_context_factory=(lambda config, default: certificate) if certificate else None,
-        timeout_keep_alive=api.keep_alive_s,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        backlog=_BACKLOG,
-        timeout_graceful_shutdown=int(SHUTDOWN_GRACE_S) + _LAST_WORDS_S,
-    )
-    server = _Server(config)
+    server = Server(app, api, certificate)
     host, port = listener.getsockname()[:2]
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     stopping = asyncio.create_task(stop.wait())
@@ -170,7 +178,7 @@ async def _serve(
             await serving
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A listening socket, so that a port in use is a clear error. Port 0: any free one."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]

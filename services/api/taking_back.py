@@ -70,19 +70,22 @@ class TakingBack:
         """Whether an agent has ended the request; False where it was given up, or is not known."""
         return self._over.get(request_id) == ""
 
-    async def on_chunk(self, request_id: str, chunk: Chunk) -> None:
-        """An agent says something about a request whose call is over."""
+    def on_chunk(self, request_id: str, chunk: Chunk) -> str:
+        """An agent says something about a request whose call is over.
+
+        Returns its model where the agent has to be told (by `cancel`), else "".
+        """
         leaving = self._leaving.get(request_id)
         if isinstance(chunk, Finished | Failed):
             if leaving and chunk.request_id == leaving.run:
                 leaving.end_told.set()
-            return
+            return ""
         if leaving and chunk.request_id == leaving.run:
             leaving.has_begun = True
         if model := self._over.get(request_id):
             # Its agent pulled it before it was withdrawn, and saw the cancellation too early.
             self._over[request_id] = ""  # once is enough
-            await self.cancel(model, chunk.request_id)
+        return model or ""
 
     async def take_back(self, call: Call, runs: list[str], reason: WithdrawReason | None) -> None:
         """Withdraw and cancel ``runs`` of ``call``. With ``reason`` its end is told, by whoever is

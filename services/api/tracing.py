@@ -20,7 +20,9 @@ TRACE_ID_HEADER = "x-trace-id"
 
 _STATE_KEY = "hotswap_request_id"
 # Span names must be few: a path that nobody serves is not part of one.
-_KNOWN_PATH = re.compile(r"/v1/(chat/completions|completions|embeddings)/?|(/v1)?/(de)?tokenize/?")
+_KNOWN_PATH = re.compile(
+    r"/v1/(chat/completions|completions|embeddings|files|batches)/?|(/v1)?/(de)?tokenize/?"
+)
 
 
 def request_id_of(scope: Scope) -> str:

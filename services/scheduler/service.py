@@ -289,7 +289,7 @@ class Leader:
         self._inputs.append(event)
         self._has_inputs.set()
 
-    def _on_event(self, subject: str, data: bytes, headers: bytes) -> None:
+    def _on_event(self, subject: str, data: bytes, headers: bytes, reply: str) -> None:
         if subject.startswith(_DECISIONS):
             return  # our own, and no news
         try:
@@ -297,7 +297,7 @@ class Leader:
         except msgspec.DecodeError as error:
             log.error("dropped a message on %s: %s", subject, error)
 
-    def _on_demand(self, subject: str, data: bytes, headers: bytes) -> None:
+    def _on_demand(self, subject: str, data: bytes, headers: bytes, reply: str) -> None:
         _, _, _, klass, token = subject.split(".")
         stamp = header_of(headers, b"Nats-Time-Stamp")
         request_id = header_of(headers, b"Nats-Msg-Id") or header_of(headers, b"Nats-Sequence")
@@ -313,7 +313,7 @@ class Leader:
             )
         )
 
-    def _on_status(self, subject: str, data: bytes, headers: bytes) -> None:
+    def _on_status(self, subject: str, data: bytes, headers: bytes, reply: str) -> None:
         try:
             status = _status_decoder.decode(data)
         except msgspec.DecodeError as error:

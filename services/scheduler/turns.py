@@ -238,7 +238,10 @@ def turns_of(state: "ClusterState", model: str) -> list[Turn]:
         put_back_s = state.config.put_back_s if state.yields(replica) else 0.0
         is_batch = is_batch_only(state, replica)
         if is_batch:
-            since, due_at = replica.host_since, max(replica.host_since, replica.batch_late_at)
+            since = replica.host_since
+            # Nobody told where another leader saw them start.
+            late_at = replica.batch_late_at or since + state.config.batch_patience_s
+            due_at = max(since, late_at)
             put_back_s = due_at - since
         place = (model, replica.gpu, since, request_id, due_at, priority)
         turns.append(Turn(*place, put_back_s=put_back_s, is_batch=is_batch))

@@ -12,8 +12,8 @@ What a model does follows from its source, what a request does from its prompt:
             "dropped"    is unloaded just before a swap-in
             "shrunk"     can not be swapped in while requests of it are suspended
             "crowded"    is unloaded, with what is suspended there, as it is to be verified
-    prompt  "hold"       gives one token, then waits for SIGUSR1 (go on) or Cancel; no token where
-                         it has one in its prefix
+    prompt  "hold"       gives one token, then waits for SIGUSR1 (go on) or Cancel; two in all with
+                         those of its prefix
             /a/file      like "hold", unless that file exists: then one token, and done
             "die"        kills the process
             N            gives N tokens and ends
@@ -45,6 +45,7 @@ from services.gpu_agent import ipc
 PAGE_BYTES = 4096
 BUDGET_BYTES = 100 * PAGE_BYTES
 HOST_BYTES = 1000 * PAGE_BYTES
+HELD_TOKENS = 2
 
 
 class FakeWorker:
@@ -189,8 +190,9 @@ class FakeWorker:
             case "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             case text if text == "hold" or (text[0] == "/" and not Path(text).exists()):
-                if not request.prefix_token_ids:
-                    self._say(ipc.Produced(name, 0, (100,), "t0 "))
+                first = len(request.prefix_token_ids)
+                if first < HELD_TOKENS:
+                    self._say(ipc.Produced(name, first, (100 + first,), f"t{first} "))
                 self._held.append(request)
             case text:
                 first = len(request.prefix_token_ids)
@@ -206,7 +208,7 @@ class FakeWorker:
                 self._submit(request)
             self._held += self._suspended.pop(model, [])
         for request in self._held:
-            self._answer(request, 1, 2)
+            self._answer(request, len(request.prefix_token_ids) + 1, HELD_TOKENS)
         self._held.clear()
 
     def _answer(self, request: GenerateRequest, first: int, count: int) -> None:

@@ -126,7 +126,7 @@ async def test_interactive_requests_come_before_what_is_left_of_a_batch(system: 
     """Of the model that works it off, and of the one that has to be swapped in for it."""
     client = client_of(system)
     watcher = await watch(system)
-    bodies = [asked(2 * number, 60) for number in range(24)]  # all of llama
+    bodies = [asked(2 * number, 60) for number in range(32)]  # all of llama
     batch = await submit(client, bodies)
     await has_ended(watcher, 1)
     for number in (0, 1):

@@ -112,7 +112,7 @@ def test_how_a_chat_is_rendered() -> None:
 
 def test_no_argument_of_the_function_that_renders_passes_for_a_variable() -> None:
     """The api names them without transformers; the agent asks transformers."""
-    assert engine_prompts._TEMPLATE_ARGUMENTS <= prompts._RESERVED
+    assert engine_prompts._TEMPLATE_ARGUMENTS <= prompts.RESERVED
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,15 @@ def test_preempted_batch_requests_come_back_when_nobody_wants_the_memory() -> No
     assert story.tick(after=5.0) == [SwapOut(GPU, "b", EPOCH, 3, "")]
 
 
+def test_a_new_leader_takes_suspended_batch_requests_for_what_they_are() -> None:
+    suspended = msgspec.structs.replace(on("a", "host", 60, in_flight=1), batch_in_flight=1)
+    story = running(suspended, on("b", "resident", 60, in_flight=1))
+    for _ in range(10):
+        assert story.tick(after=100.0) == []
+    [back] = story.status(suspended, on("b", "resident", 60))  # b is idle, and has been for long
+    assert (type(back), back.model) == (SwapOut, "b")
+
+
 def test_one_interactive_request_among_them_and_it_does_not_give_way() -> None:
     story = works_off("a")
     story.demand("r1", "a")

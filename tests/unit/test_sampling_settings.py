@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers import AutoModelForCausalLM, LogitsProcessorList
 
 from schemas.requests import SamplingParams
 from services.gpu_agent.engine.sampling import (
@@ -57,7 +57,7 @@ def ours(model: Any, sampling: SamplingParams, end_ids: tuple[int, ...] = ()) ->
     return ids[len(PROMPT) :]
 
 
-class SeededByPosition(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped
+class SeededByPosition:
     """Has ``generate`` draw each token from seed and position, as ours does."""
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

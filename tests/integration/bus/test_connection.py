@@ -67,7 +67,7 @@ async def test_listening(
     bus, other = await party("admin"), await party("admin")
     heard: list[tuple[str, bytes, str, dict[str, str]]] = []
 
-    def listener(subject: str, data: bytes, headers: bytes) -> None:
+    def listener(subject: str, data: bytes, headers: bytes, reply: str) -> None:
         if data == b"bad":
             raise ValueError("a fault in a listener")
         heard.append((subject, data, header_of(headers, b"Name"), headers_of(headers)))
