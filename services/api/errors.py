@@ -7,7 +7,8 @@
 |        | invalid_value, unsupported_parameter,                |                                 |
 |        | context_length_exceeded, prompt_too_long,            |                                 |
 |        | invalid_prompt, model_not_supported, client_left,    |                                 |
-|        | invalid_http, bad_request                            |                                 |
+|        | invalid_http, bad_request, invalid_grammar,          |                                 |
+|        | tools_not_supported, invalid_form                    |                                 |
 | 401    | missing_api_key, invalid_api_key, expired_api_key,   | with WWW-Authenticate           |
 |        | disabled_api_key                                     |                                 |
 | 403    | insufficient_role, model_not_allowed                 | the key does not allow it       |

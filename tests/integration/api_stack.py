@@ -45,7 +45,9 @@ class Stack:
         self.settings: Settings
 
     def start_api(self) -> None:
-        options = msgspec.structs.replace(self.nats.credentials["api"], url=self.proxy.url)
+        options = self.nats.credentials["api"]
+        if not options.tls_ca:
+            options = msgspec.structs.replace(options, url=self.proxy.url)
         self.running = asyncio.create_task(service.run(self.settings, options, stop=self.stop))
 
     async def restart_api(self) -> None:

@@ -8,7 +8,7 @@ class TcpProxy:
     """Passes bytes between ``url`` and whoever connects to `url` here. ``url``: nats://HOST:PORT."""
 
     def __init__(self, target: str) -> None:
-        host, port = target.removeprefix("nats://").rsplit(":", 1)
+        host, port = target.rpartition("/")[2].rsplit(":", 1)
         self._target = (host, int(port))
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()

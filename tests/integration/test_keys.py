@@ -183,12 +183,14 @@ async def test_keys_known_last_are_good_while_nats_is_away(keyed: Stack) -> None
     made = (await keyed.http.post("/v1/keys", json={"name": "ada"})).json()
     await until_status(keyed, made["key"], 200)
     keyed.nats.kill()
+    await keyed.proxy.cut()
     await keyed.until(lambda got: "no connection to NATS" in got[1].get("missing", []))
     assert await status_of(keyed, made["key"]) == 200
     assert await status_of(keyed, made["key"] + "x") == 401
     answer = await keyed.http.post("/v1/keys", json={"name": "eve"})
     assert (answer.status_code, error_of(answer)["code"]) == (503, "bus_unavailable")
     keyed.nats.start()
+    await keyed.proxy.start()
     await keyed.until(lambda got: "no connection to NATS" not in got[1].get("missing", []))
     assert await status_of(keyed, made["key"]) == 200  # the bucket is a file
 

@@ -372,9 +372,9 @@ def codes_in_the_table() -> set[str]:
 
 def codes_in_the_code() -> set[str]:
     """The constants that errors are made with, wherever that is."""
-    position = {"ApiError": 1, "_refuse": 1, "_unauthorized": 0, "invalid": 2}
+    position = {"ApiError": 1, "__init__": 1, "_refuse": 1, "_unauthorized": 0, "invalid": 2}
     found: set[str] = set(errors._STATUS_OF_FAILURE)
-    for file in SOURCES.glob("*.py"):
+    for file in SOURCES.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call):
                 name = getattr(node.func, "id", getattr(node.func, "attr", ""))
