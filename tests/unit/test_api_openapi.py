@@ -43,6 +43,8 @@ def test_references_lead_somewhere() -> None:
     chat = document["components"]["schemas"]["ChatCompletionRequest"]
     assert set(chat["required"]) == {"model", "messages"}
     assert chat["properties"]["store"]["enum"] == [False, None]
+    assert "ToolParam" in json.dumps(chat["properties"]["tools"])
+    assert "ResponseFormat" in json.dumps(chat["properties"]["response_format"])
 
 
 def test_the_page_works_offline() -> None:

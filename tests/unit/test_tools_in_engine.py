@@ -119,7 +119,7 @@ def test_constrained_calls_always_parse(llama: Any, form: ToolFormat, special: b
             names = ["word"] if kind == "tool_call" else [tool.name for tool in TOOLS]
             wanted = Grammar(kind, json.dumps(names), "tools")
             settings: dict[str, Any] = {"seed": seed, "temperature": 1.0, "max_tokens": 600}
-            settings |= {"ignore_eos": False, "logit_bias": {END: 3.0}}
+            settings |= {"ignore_eos": False, "logit_bias": {END: 6.0}}
             requests.append(request(f"{kind}{seed}", prompt, grammar=wanted, **settings))
     for name, answer in run(batch, *requests).items():
         assert isinstance(answer.end, Done), answer.end
@@ -159,6 +159,28 @@ def test_strict_tools_leave_the_model_free_until_it_calls(
     assert answers["empty"].text == ""
     assert len(answers["free"].tokens) == 30
     assert calls_in(form, answers["free"].text)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("form", "begin"), [("hermes", "<tool_call>"), ("mistral", "[TOOL_CALLS]"), ("llama", "{")]
+)
+def test_a_call_of_a_strict_tool_follows_its_schema(
+    llama: Any, form: ToolFormat, begin: str
+) -> None:
+    text = text_of(form, special=True)
+    prompt = ChatPrompt((ChatMessage("user", "go"),), (Tool("word", "", WORD, True),))
+    wanted = Grammar("text_or_tool_calls", '["word"]', "tools")
+    longing = {ord_of(text, begin): 50.0, END: 20.0}
+    settings: dict[str, Any] = {"max_tokens": 200, "ignore_eos": False, "logit_bias": longing}
+    answer = run(
+        make_batch(llama, text=text, kv_tokens=4000, max_model_len=1900),
+        request("a", prompt, grammar=wanted, **settings),
+    )["a"]
+    assert isinstance(answer.end, Done)
+    assert answer.end.finish_reason == "stop"
+    said, calls = calls_in(form, answer.text)
+    assert said == ""
+    assert [is_valid(*call) for call in calls] == [True]
 
 
 def ord_of(text: ModelText, char: str) -> int:
