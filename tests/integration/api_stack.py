@@ -72,8 +72,13 @@ class Stack:
 
 @contextlib.asynccontextmanager
 async def running_stack(
-    nats: NatsServer, timeout_s: float, progress_after_s: float = 0.0
+    nats: NatsServer,
+    timeout_s: float,
+    progress_after_s: float = 0.0,
+    *,
+    through_proxy: bool = False,
 ) -> AsyncIterator[Stack]:
+    """``through_proxy``: so that `Stack.api_cut_off` can be called."""
     port = free_port(0)
     api = ApiSettings(
         port=port,
@@ -92,8 +97,10 @@ async def running_stack(
     await stack.withdrawals.start(buses["admin"])
     stack.scheduler = ScriptedScheduler(buses["scheduler"])
     stack.agent = ScriptedAgent(buses["agent"])
-    await stack.proxy.start()
-    options = msgspec.structs.replace(nats.credentials["api"], url=stack.proxy.url)
+    options = nats.credentials["api"]
+    if through_proxy:
+        await stack.proxy.start()
+        options = msgspec.structs.replace(options, url=stack.proxy.url)
     stack.running = asyncio.create_task(service.run(Settings(api=api), options, stop=stack.stop))
     await stack.until(lambda got: got[0] == 503)
     await stack.scheduler.lead()
