@@ -42,6 +42,7 @@ class Stack:
         self.scheduler: ScriptedScheduler
         self.queue: WorkQueue
         self.proxy = TcpProxy(nats.credentials["api"].url)
+        self.bus_url = nats.credentials["api"].url
         self.settings: Settings
 
     def start_api(self) -> None:
@@ -95,10 +96,13 @@ async def running_stack(
     timeout_s: float,
     key: str = "",
     verify: ssl.SSLContext | bool = True,
+    *,
+    through_proxy: bool = False,
     **settings: Any,
 ) -> AsyncIterator[Stack]:
     """``key``: an API key that clients send; ``verify``: how they check the server's certificate;
-    ``settings``: more of `ApiSettings`.
+    ``through_proxy``: so that `Stack.api_cut_off` can be called; ``settings``: more of
+    `ApiSettings`.
     """
     port = free_port(0)
     limits: dict[str, Any] = {
@@ -119,7 +123,9 @@ async def running_stack(
     await stack.withdrawals.start(buses["admin"])
     stack.scheduler = ScriptedScheduler(buses["scheduler"])
     stack.agent = ScriptedAgent(buses["agent"])
-    await stack.proxy.start()
+    if through_proxy:
+        await stack.proxy.start()
+        stack.bus_url = stack.proxy.url
     stack.settings = Settings(state_dir=str(nats.folder / "state"), api=api)
     stack.start_api()
     await stack.until(lambda got: got[0] == 503)

@@ -39,11 +39,13 @@ class TcpProxy:
         assert task
         self._tasks.add(task)
         self._writers.add(writer)
-        with contextlib.suppress(OSError):
+        try:
             far_reader, far_writer = await asyncio.open_connection(*self._target)
             self._writers.add(far_writer)
             await asyncio.gather(_pass(reader, far_writer), _pass(far_reader, writer))
             self._writers.discard(far_writer)
+        except OSError:  # the server is away: so are we
+            writer.close()
         self._writers.discard(writer)
         self._tasks.discard(task)
 

@@ -1,6 +1,7 @@
 """One stream, whoever works on it: what the api tells agents that are to go on with a request."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -11,7 +12,8 @@ from schemas.stream import ResumeFrom, Resuming
 from services.api import taking_back
 from services.bus import Delivery
 from services.bus.connection import RawMessage
-from tests.integration.api_stack import MODEL, Stack, events_of
+from tests.integration.api_stack import MODEL, Stack, events_of, running_stack
+from tests.integration.nats_process import NatsServer
 from tests.integration.scripted_agent import GPU
 
 
@@ -107,7 +109,14 @@ async def test_an_agent_that_died_leaves_the_last_word_to_the_api(
 # -- the api's connection drops ------------------------------------------------------------
 
 
-async def test_an_end_that_the_api_could_not_hear_is_asked_for(stack: Stack) -> None:
+@pytest.fixture
+async def proxied(nats_server: NatsServer) -> AsyncIterator[Stack]:
+    async with running_stack(nats_server, timeout_s=30, through_proxy=True) as stack:
+        yield stack
+
+
+async def test_an_end_that_the_api_could_not_hear_is_asked_for(proxied: Stack) -> None:
+    stack = proxied
     await stack.agent.pull(MODEL)
     asking = asyncio.create_task(stack.ask(stream=True))
     first = await stack.agent.next()
@@ -125,8 +134,9 @@ async def test_an_end_that_the_api_could_not_hear_is_asked_for(stack: Stack) -> 
     assert contents((await asking).text) == ["", "a", "b", None]
 
 
-async def test_what_is_under_way_goes_on_when_the_api_is_back(stack: Stack) -> None:
+async def test_what_is_under_way_goes_on_when_the_api_is_back(proxied: Stack) -> None:
     """No second message for it, and no second run."""
+    stack = proxied
     await stack.agent.pull(MODEL)
     asking = asyncio.create_task(stack.ask(stream=True))
     first = await stack.agent.next()
