@@ -29,7 +29,7 @@ from tests.conformance.willing_agent import BROKEN, CHAT, EMBEDS
 
 Json: TypeAlias = dict[str, Any]
 
-EXAMPLES = 400
+EXAMPLES = 30
 AT_LEAST = 5000
 
 

@@ -27,7 +27,7 @@ def test_generated_requests(api_url: str, tmp_path: Path) -> None:
     # Requests that get somewhere, and not only requests that are refused.
     for path in POSTS:
         statuses = report.operations[f"POST {path}"].statuses
-        assert statuses["200"] > 50
+        assert statuses["200"] > 10
         assert statuses["400"] > 50
 
 

@@ -18,10 +18,12 @@ import msgspec
 
 from schemas import names
 from schemas.events import LeaderElected
-from schemas.requests import EmbedRequest, GenerateRequest
+from schemas.requests import EmbedRequest, GenerateRequest, TextPrompt
 from schemas.state import AgentStatus, ReplicaStatus
 from schemas.stream import TokenLogprob, TokenLogprobs
+from schemas.tokenize import Detokenized, DetokenizeRequest, TokenizeAsk, Tokenized
 from services.bus import Bus, BusOptions, Delivery, declare
+from services.bus.connection import RawMessage
 from tests.integration.scripted_agent import FACTS, GPU, ScriptedAgent
 
 CHAT = "willing/chat"
@@ -90,6 +92,24 @@ async def _answer(agent: ScriptedAgent, delivery: Delivery) -> None:
     await agent.finished(delivery, num_tokens, reason)  # type: ignore[arg-type]
 
 
+async def _tokenize(bus: Bus) -> None:
+    """One token for each character, and back."""
+    decoder: msgspec.json.Decoder[TokenizeAsk] = msgspec.json.Decoder(TokenizeAsk)
+
+    async def on_question(raw: RawMessage) -> None:
+        ask = decoder.decode(raw.data)
+        answer: msgspec.Struct
+        if isinstance(ask, DetokenizeRequest):
+            answer = Detokenized("".join("x" for _ in ask.token_ids))
+        else:
+            text = ask.prompt.text if isinstance(ask.prompt, TextPrompt) else "a chat"
+            answer = Tokenized(tuple(map(ord, text)), FACTS.max_model_len, tuple(text))
+        await bus.publish(raw.reply, answer)
+
+    for model in (CHAT, EMBEDS):
+        await bus.subscribe_raw(names.tokenize_subject(model), on_question)
+
+
 async def main(options: BusOptions, max_queued: int) -> None:
     """Answer until terminated. Says "ready" once it does."""
     bus = await Bus.connect(options, service="agent")
@@ -101,11 +121,13 @@ async def main(options: BusOptions, max_queued: int) -> None:
         await agent.hold(model)
         if model != HELD:
             await agent.pull(model, ROOM)
+            await agent.pull(model, ROOM, "batch")
+    await _tokenize(bus)
     print("ready", flush=True)
     while not telling.done():
         delivery = await agent.deliveries.get()
         await _answer(agent, delivery)
-        await agent.pullers[delivery.request.model].want(ROOM)
+        await agent.pullers[f"{delivery.request.klass}.{delivery.request.model}"].want(ROOM)
     telling.result()
 
 
