@@ -46,9 +46,7 @@ class Stack:
         self.settings: Settings
 
     def start_api(self) -> None:
-        options = self.nats.credentials["api"]
-        if not options.tls_ca:
-            options = msgspec.structs.replace(options, url=self.proxy.url)
+        options = msgspec.structs.replace(self.nats.credentials["api"], url=self.bus_url)
         self.running = asyncio.create_task(service.run(self.settings, options, stop=self.stop))
 
     async def restart_api(self) -> None:

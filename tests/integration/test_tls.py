@@ -67,7 +67,7 @@ async def tls_nats(tmp_path: Path, files: Files) -> AsyncIterator[NatsServer]:
 
 
 async def test_https(nats_server: NatsServer, files: Files) -> None:
-    tls = {"tls_cert": files.cert, "tls_key": files.key}
+    tls: dict[str, Any] = {"tls_cert": files.cert, "tls_key": files.key}
     context = ssl.create_default_context(cafile=files.ca)
     async with running_stack(nats_server, 30, verify=context, **tls) as stack:
         assert str(stack.http.base_url).startswith("https://")
