@@ -7,7 +7,7 @@ import pytest
 from tests.conformance.processes import running_api
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def api_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The base URL of a running api with an agent that answers everything."""
     with running_api(tmp_path_factory.mktemp("api")) as url:

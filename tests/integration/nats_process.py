@@ -16,7 +16,9 @@ class NatsServer:
 
     def __init__(self, folder: Path, tls: ServerTls | None = None) -> None:
         self.folder = folder
-        port, http_port = free_port(0), free_port(0)
+        port = http_port = free_port(0)
+        while http_port == port:  # nobody holds the first one yet
+            http_port = free_port(0)
         self.plan: NatsPlan = write_config(folder, port=port, http_port=http_port, tls=tls)
         self.log_file = folder / "nats-server.log"
         self._process: subprocess.Popen[bytes] | None = None
