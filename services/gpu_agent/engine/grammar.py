@@ -12,6 +12,7 @@ A constraint is a function of the tokens that it was told. It stays with its row
 parked, and a run that begins anew gets a new one.
 """
 
+import functools
 import json
 import re
 import threading
@@ -131,12 +132,16 @@ class Grammars:
     ) -> None:
         self._tokenizer = tokenizer
         self._end_ids = sorted(end_ids)
-        self._num_tokens = max(vocab_size, len(tokenizer)) + 1
+        self._vocab_size = vocab_size
         self._tool_format: ToolFormat = tool_format
         self._vocabulary: Any = None
         self._known: OrderedDict[str, Any] = OrderedDict()  # matchers before their first token
         self._lock = threading.Lock()
         self._thread: ThreadPoolExecutor | None = None
+
+    @functools.cached_property
+    def _num_tokens(self) -> int:
+        return max(self._vocab_size, len(self._tokenizer)) + 1
 
     def open(
         self, grammar: Grammar, tools: Sequence[Tool], on_ready: Callable[[], None]
