@@ -57,9 +57,11 @@ class Runs:
         if isinstance(request, GenerateRequest) and run != call.request_id:
             known = tuple(call.answer.token_ids)
             request = msgspec.structs.replace(request, prefix_token_ids=known)
-        call.runs[run], is_new = await self._queue.enqueue_once(request)
-        if call.ended:
-            await self._taking_back.withdraw(call, run)
+        seq, is_new = await self._queue.enqueue_once(request)
+        if run in call.runs:  # else its answer was complete before the queue's word was here
+            call.runs[run] = seq
+            if call.ended:
+                await self._taking_back.withdraw(call, run)
         return is_new
 
     def resume(self, request_id: str, call: Call | None, query: Resuming, reply: str) -> None:
