@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from importlib import resources
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
-from litestar import Litestar, Request, Response, Router, get, post
+from litestar import Litestar, Response, Router, get, post
 from litestar.datastructures import State
-from litestar.exceptions import InternalServerException
 from litestar.params import Parameter
 from litestar.types import ASGIApp
 from opentelemetry import trace
@@ -20,7 +19,7 @@ from services.api.batches.http import Store, create_file
 from services.api.call import Call
 from services.api.catalog import Catalog
 from services.api.embeddings import parse_embeddings, respond_embeddings
-from services.api.errors import ApiError
+from services.api.exchange import HttpRequest, json_answer, read_body
 from services.api.fan import open_fan
 from services.api.fields import ignored_header
 from services.api.guard import key_of
@@ -43,8 +42,6 @@ from services.api.tool_answers import with_tools
 from services.api.tracing import Traced, request_id_of
 from services.bus import Bus
 from services.telemetry import ATTR_MODEL
-
-HttpRequest = Request[Any, Any, State]
 
 # A queued request is its body without the fields that agents do not need, plus ids and a reply
 # subject; together with the headers these are well below this.
@@ -111,15 +108,16 @@ def build(
 @post("/v1/chat/completions", status_code=200)
 async def chat_completions(request: HttpRequest, state: State) -> ASGIApp:
     """Continue a chat, streamed or whole."""
-    return await _generate(request, state, parse_chat(await _body(request), state.catalog.prepare))
+    return await _generate(
+        request, state, parse_chat(await read_body(request), state.catalog.prepare)
+    )
 
 
 @post("/v1/completions", status_code=200)
 async def completions(request: HttpRequest, state: State) -> ASGIApp:
     """Continue a text, streamed or whole."""
-    return await _generate(
-        request, state, parse_completion(await _body(request), state.catalog.prepare)
-    )
+    parsed = parse_completion(await read_body(request), state.catalog.prepare)
+    return await _generate(request, state, parsed)
 
 
 @post("/v1/embeddings", status_code=200)
@@ -127,7 +125,7 @@ async def embeddings(request: HttpRequest, state: State) -> ASGIApp:
     """Texts or token ids as vectors."""
     catalog: Catalog = state.catalog
     relay: Relay = state.relay
-    parsed = parse_embeddings(await _body(request), catalog.prepare)
+    parsed = parse_embeddings(await read_body(request), catalog.prepare)
     trace.get_current_span().set_attribute(ATTR_MODEL, parsed.model)
     key = key_of(request.scope)
     deployment = catalog.require(parsed.model, "embed", parsed.dimensions or 0, key=key)
@@ -142,14 +140,14 @@ async def embeddings(request: HttpRequest, state: State) -> ASGIApp:
 @post(["/tokenize", "/v1/tokenize"], status_code=200)
 async def tokenize(request: HttpRequest, state: State) -> Response[bytes]:
     """The tokens of a text or a chat, by the model's tokenizer."""
-    asked = parse_tokenize(await _body(request))
+    asked = parse_tokenize(await read_body(request))
     return await _ask_tokenizer(request, state, asked)
 
 
 @post(["/detokenize", "/v1/detokenize"], status_code=200)
 async def detokenize(request: HttpRequest, state: State) -> Response[bytes]:
     """The text of tokens, by the model's tokenizer."""
-    asked = parse_detokenize(await _body(request))
+    asked = parse_detokenize(await read_body(request))
     return await _ask_tokenizer(request, state, asked)
 
 
@@ -160,14 +158,7 @@ async def _ask_tokenizer(
     catalog: Catalog = state.catalog
     deployment = catalog.require(asked.ask.model, "any", key=key_of(request.scope))
     answer = await ask_tokenizer(state.bus, asked, deployment)
-    return _json(answer, headers=ignored_header(asked.ignored))
-
-
-async def _body(request: HttpRequest) -> bytes:
-    try:
-        return await request.body()
-    except InternalServerException as error:  # what the framework raises for it
-        raise ApiError(400, "client_left", "The client left before the body was here.") from error
+    return json_answer(answer, headers=ignored_header(asked.ignored))
 
 
 async def _generate(request: HttpRequest, state: State, parsed: Parsed) -> ASGIApp:
@@ -195,7 +186,7 @@ async def _generate(request: HttpRequest, state: State, parsed: Parsed) -> ASGIA
 async def list_models(request: HttpRequest, state: State) -> Response[bytes]:
     """Every deployment that the key allows, with where it is."""
     catalog: Catalog = state.catalog
-    return _json(ModelList(catalog.models(key_of(request.scope))))
+    return json_answer(ModelList(catalog.models(key_of(request.scope))))
 
 
 @get("/v1/models/{model_id:path}")
@@ -206,7 +197,7 @@ async def get_model(
 ) -> Response[bytes]:
     """One deployment, with where it is."""
     catalog: Catalog = state.catalog
-    return _json(catalog.model(str(model_id).removeprefix("/"), key_of(request.scope)))
+    return json_answer(catalog.model(str(model_id).removeprefix("/"), key_of(request.scope)))
 
 
 # -- health --------------------------------------------------------------------------------
@@ -220,7 +211,7 @@ class Health(msgspec.Struct):
 @get(["/healthz", "/health", "/ping"])
 async def healthz() -> Response[bytes]:
     """200 while the process lives. The other two are its names at vLLM."""
-    return _json(Health("ok"))
+    return json_answer(Health("ok"))
 
 
 class Version(msgspec.Struct):
@@ -230,7 +221,7 @@ class Version(msgspec.Struct):
 @get("/version")
 async def get_version() -> Response[bytes]:
     """Of this server."""
-    return _json(Version(version("hotswap")))
+    return json_answer(Version(version("hotswap")))
 
 
 @get("/readyz")
@@ -242,10 +233,10 @@ async def readyz(state: State) -> Response[bytes]:
     if not bus.is_connected:
         missing.insert(0, "no connection to NATS")
     if missing:
-        answer = _json(Health("not ready", missing), status=503)
+        answer = json_answer(Health("not ready", missing), status=503)
         answer.headers["retry-after"] = str(errors.RETRY_AFTER_S)
         return answer
-    return _json(Health("ready"))
+    return json_answer(Health("ready"))
 
 
 # -- this interface, described -------------------------------------------------------------
@@ -262,14 +253,3 @@ async def schema_page() -> Response[bytes]:
 async def openapi_json() -> Response[bytes]:
     """The OpenAPI document."""
     return Response(openapi.document(), media_type="application/json")
-
-
-def _json(
-    body: msgspec.Struct, status: int = 200, headers: dict[str, str] | None = None
-) -> Response[bytes]:
-    return Response(
-        msgspec.json.encode(body),
-        status_code=status,
-        media_type="application/json",
-        headers=headers,
-    )

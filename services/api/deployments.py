@@ -12,7 +12,7 @@ import time
 from typing import Annotated, Any, Final, TypeAlias, TypeVar
 
 import msgspec
-from litestar import Request, Response, delete, get, patch, post, put
+from litestar import Response, delete, get, patch, post, put
 from litestar.datastructures import State
 from litestar.params import Parameter
 
@@ -38,6 +38,7 @@ from services.api.deployment_settings import (
     patched,
 )
 from services.api.errors import RETRY_AFTER_S, ApiError, invalid
+from services.api.exchange import HttpRequest, json_answer, read_body
 from services.api.parsing import convert, json_object
 from services.api.tenants import tenant_of
 from services.bus import Bus, BusError, NoResponder
@@ -57,7 +58,6 @@ _SETTING_OF: Final = {
     "unpin": ("pinned", False),
 }
 
-HttpRequest = Request[Any, Any, State]
 T = TypeVar("T")
 PathName: TypeAlias = Annotated[str, Parameter(description="may hold slashes")]
 
@@ -94,7 +94,7 @@ class FromTo(msgspec.Struct, forbid_unknown_fields=True):
 async def list_deployments(state: State) -> Response[bytes]:
     """Every deployment, with its settings and where it is."""
     catalog: Catalog = state.catalog
-    return _json(DeploymentList([_info(catalog, record) for record in catalog.records()]))
+    return json_answer(DeploymentList([_info(catalog, record) for record in catalog.records()]))
 
 
 @get("/v1/deployments/{name:path}")
@@ -109,7 +109,7 @@ async def put_deployment(request: HttpRequest, state: State, name: PathName) -> 
     """Create it, or replace all of its settings."""
     catalog: Catalog = state.catalog
     name = _name(name)
-    spec = parse(name, json_object(await request.body()))
+    spec = parse(name, json_object(await read_body(request)))
     must_be_new = request.headers.get("if-none-match") == "*"
     message = PutDeployment(spec, _who(request), _if_match(request), must_be_new)
     answer = await _ask(state, message)
@@ -120,7 +120,7 @@ async def put_deployment(request: HttpRequest, state: State, name: PathName) -> 
 @patch("/v1/deployments/{name:path}")
 async def patch_deployment(request: HttpRequest, state: State, name: PathName) -> Response[bytes]:
     """Replace the settings that the body names; null: the default again."""
-    changes = json_object(await request.body())
+    changes = json_object(await read_body(request))
     record = await _change(request, state, _name(name), changes)
     return _deployment(state.catalog, record)
 
@@ -168,7 +168,7 @@ async def act_on_deployment(request: HttpRequest, state: State, name: PathName) 
 
 async def _swap_in(request: HttpRequest, state: State, name: str) -> Response[bytes]:
     catalog: Catalog = state.catalog
-    gpu = _optional_body(await request.body(), Where).gpu or ""
+    gpu = _optional_body(await read_body(request), Where).gpu or ""
     wait_s = _wait_s(request)
     until = time.time() + (wait_s or _WAIT_S)
     answer = await _ask(state, SwapInDeployment(name, until, _who(request), gpu))
@@ -186,7 +186,7 @@ async def _swap_in(request: HttpRequest, state: State, name: str) -> Response[by
 
 async def _swap_out(request: HttpRequest, state: State, name: str) -> Response[bytes]:
     catalog: Catalog = state.catalog
-    gpu = _optional_body(await request.body(), Where).gpu or ""
+    gpu = _optional_body(await read_body(request), Where).gpu or ""
     wait_s = _wait_s(request)
     answer = await _ask(state, SwapOutDeployment(name, _who(request), gpu))
     is_done = answer.outcome == "done" or await catalog.until(
@@ -197,7 +197,7 @@ async def _swap_out(request: HttpRequest, state: State, name: str) -> Response[b
 
 async def _move(request: HttpRequest, state: State, name: str) -> Response[bytes]:
     catalog: Catalog = state.catalog
-    where = convert(json_object(await request.body()), FromTo)
+    where = convert(json_object(await read_body(request)), FromTo)
     wait_s = _wait_s(request)
     until = time.time() + (wait_s or _WAIT_S)
     ask = MoveDeployment(name, where.from_, where.to, until, _who(request))
@@ -378,7 +378,7 @@ def _info(catalog: Catalog, record: DeploymentRecord) -> DeploymentInfo:
 
 
 def _deployment(catalog: Catalog, record: DeploymentRecord, status: int = 200) -> Response[bytes]:
-    return _json(_info(catalog, record), status, {"etag": _etag(record.revision)})
+    return json_answer(_info(catalog, record), status, {"etag": _etag(record.revision)})
 
 
 def _result(catalog: Catalog, name: str, is_done: bool, reason: str) -> Response[bytes]:
@@ -386,14 +386,7 @@ def _result(catalog: Catalog, name: str, is_done: bool, reason: str) -> Response
     info = _info(catalog, record) if record else None
     headers = {"etag": _etag(record.revision)} if record else {}
     result = ActionResult("done" if is_done else "accepted", reason, info)
-    return _json(result, 200 if is_done else 202, headers)
-
-
-def _json(
-    body: msgspec.Struct, status: int = 200, headers: dict[str, str] | None = None
-) -> Response[bytes]:
-    data = msgspec.json.encode(body)
-    return Response(data, status_code=status, headers=headers, media_type="application/json")
+    return json_answer(result, 200 if is_done else 202, headers)
 
 
 def _not_done(words: str, reason: str) -> ApiError:

@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Literal
 
 import msgspec
-from litestar import Request, Response, delete, get, patch, post
+from litestar import Response, delete, get, patch, post
 from litestar.datastructures import State
 from litestar.params import Parameter
 from msgspec import UNSET, UnsetType
@@ -12,11 +12,11 @@ from schemas.keys import KeyRecord, Role
 from services import keys
 from services.api import errors
 from services.api.errors import ApiError, invalid
+from services.api.exchange import HttpRequest, json_answer, read_body
 from services.api.keyring import Keyring
 from services.api.parsing import convert, json_object
 from services.bus import BusError, JetStreamError
 
-HttpRequest = Request[Any, Any, State]
 KeyId = Annotated[str, Parameter(description="a key's id")]
 
 
@@ -74,40 +74,40 @@ class KeyDeleted(msgspec.Struct):
 @post("/v1/keys", status_code=201)
 async def create_key(request: HttpRequest, state: State) -> Response[bytes]:
     """Make a key; the answer is the only place that ever shows it."""
-    fields = _given(convert(json_object(await request.body()), NewKey))
+    fields = _given(convert(json_object(await read_body(request)), NewKey))
     try:
         key, record = keys.make(fields.pop("name"), **fields)
     except keys.BadKey as error:
         raise invalid(error.field, f"{error}.") from error
     await _write(state.keyring, record, 0)
-    return _json(_info(record, key), status=201)
+    return json_answer(_info(record, key), status=201)
 
 
 @get("/v1/keys")
 async def list_keys(state: State) -> Response[bytes]:
     """All keys, without the keys themselves."""
     keyring: Keyring = state.keyring
-    return _json(KeyList([_info(record) for record in keyring.records()]))
+    return json_answer(KeyList([_info(record) for record in keyring.records()]))
 
 
 @get("/v1/keys/{key_id:str}")
 async def get_key(state: State, key_id: KeyId) -> Response[bytes]:
     """One key."""
     record, _ = await _read(state.keyring, key_id)
-    return _json(_info(record))
+    return json_answer(_info(record))
 
 
 @patch("/v1/keys/{key_id:str}")
 async def change_key(request: HttpRequest, state: State, key_id: KeyId) -> Response[bytes]:
     """Change what is named in the body; it applies to the next request with the key."""
-    fields = _given(convert(json_object(await request.body()), KeyFields))
+    fields = _given(convert(json_object(await read_body(request)), KeyFields))
     record, revision = await _read(state.keyring, key_id)
     try:
         record = keys.changed(record, **fields)
     except keys.BadKey as error:
         raise invalid(error.field, f"{error}.") from error
     await _write(state.keyring, record, revision)
-    return _json(_info(record))
+    return json_answer(_info(record))
 
 
 @delete("/v1/keys/{key_id:str}", status_code=200)
@@ -119,7 +119,7 @@ async def delete_key(state: State, key_id: KeyId) -> Response[bytes]:
         await keyring.bucket.delete(record.id, expect=revision)
     except BusError as error:
         raise _not_written(error) from error
-    return _json(KeyDeleted(record.id))
+    return json_answer(KeyDeleted(record.id))
 
 
 KEY_ROUTES = (create_key, list_keys, get_key, change_key, delete_key)
@@ -161,7 +161,3 @@ def _not_written(error: BusError) -> ApiError:
         message = "Somebody else changed this key at the same time; look again, then try again."
         return ApiError(409, "key_conflict", message)
     return errors.bus_unavailable()
-
-
-def _json(body: msgspec.Struct, status: int = 200) -> Response[bytes]:
-    return Response(msgspec.json.encode(body), status_code=status, media_type="application/json")

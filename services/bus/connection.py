@@ -54,6 +54,11 @@ class JetStreamError(BusError):
         super().__init__(f"{subject}: {description} (err_code {code})")
         self.code = code
 
+    @property
+    def is_wrong_revision(self) -> bool:
+        """A write was refused since the key is not as its writer knew it."""
+        return self.code == 10071  # "wrong last sequence"
+
 
 class BusOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the server is and who we are. Also the form of a credentials file (JSON)."""

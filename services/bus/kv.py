@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_WRONG_LAST_SEQUENCE = 10071
 _NO_MESSAGE_FOUND = 10037
 
 
@@ -75,7 +74,7 @@ class Bucket(Generic[T]):
         """Store and return the revision.
 
         ``expect``: only if that is the current revision (0: no value yet); where it is not,
-        JetStreamError with code 10071.
+        a JetStreamError that `is_wrong_revision`.
         """
         headers: dict[str, str] = {}
         if expect is not None:
@@ -325,7 +324,7 @@ class Lease:
             await self._write(record, self._written)
             return
         except JetStreamError as error:
-            if error.code != _WRONG_LAST_SEQUENCE:
+            if not error.is_wrong_revision:
                 raise
         entry = await self._bucket.get(self.key)
         if entry.value is None or entry.value.holder != self.holder:
@@ -358,7 +357,7 @@ class Lease:
         try:
             await self._write(LeaseRecord(holder=self.holder, epoch=0), self._seen)
         except JetStreamError as error:
-            if error.code == _WRONG_LAST_SEQUENCE:
+            if error.is_wrong_revision:
                 return False
             raise
         self.epoch = self._written

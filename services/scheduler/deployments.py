@@ -27,7 +27,6 @@ from services.bus import Bucket, Bus, BusError, Entry, JetStreamError
 from services.settings import Settings
 
 FILE: Final = "hotswap.toml"  # who changed it, where that was the file
-_WRONG_LAST_SEQUENCE: Final = 10071
 
 
 class Conflict(BusError):
@@ -195,7 +194,7 @@ class Deployments:
                 return
             revision = await self._bucket.put(key, desired, expect=expect)
         except JetStreamError as error:
-            if error.code != _WRONG_LAST_SEQUENCE:
+            if not error.is_wrong_revision:
                 raise
             self._note(name, await self._bucket.get(key))
             raise Conflict(str(error)) from error

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-from litestar import Request, Response, delete, get, post
+from litestar import Response, delete, get, post
 from litestar.datastructures import State, UploadFile
 from litestar.exceptions import ClientException, InternalServerException
 from litestar.params import Parameter
@@ -23,12 +23,12 @@ from services.api import errors
 from services.api.batches import states, wire
 from services.api.batches.files import Files
 from services.api.errors import ApiError, invalid
+from services.api.exchange import HttpRequest, json_answer, read_body
 from services.api.fields import show
 from services.api.parsing import convert, json_object
 from services.api.tenants import tenant_of
 from services.bus import Bucket, BusError, JetStreamError, blobs
 
-HttpRequest = Request[Any, Any, State]
 FileId = Annotated[str, Parameter(description="As the upload gave it.")]
 BatchId = Annotated[str, Parameter(description="As its creation gave it.")]
 Q = TypeVar("Q", bound=wire.ListQuery)
@@ -36,7 +36,6 @@ Q = TypeVar("Q", bound=wire.ListQuery)
 _READ_BYTES = 256 * 1024
 _FORM_BYTES = 64 * 1024  # what a form has around its file
 _MAX_NAME = 255
-_WRONG_REVISION = 10071
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ async def create_file(request: HttpRequest, state: State) -> Response[bytes]:
             raise errors.bus_unavailable() from error
     finally:
         await upload.close()
-    return _json(wire.file_object(record))
+    return json_answer(wire.file_object(record))
 
 
 @get("/v1/files")
@@ -97,13 +96,13 @@ async def list_files(request: HttpRequest, state: State) -> Response[bytes]:
     found.sort(key=lambda one: (one.created_at, one.file), reverse=query.order == "desc")
     objects = [wire.file_object(one) for one in found if query.purpose in (None, one.purpose)]
     page, has_more = wire.page_of(objects, query)
-    return _json(wire.FileList(page, *_ends(page), has_more))
+    return json_answer(wire.FileList(page, *_ends(page), has_more))
 
 
 @get("/v1/files/{file_id:str}")
 async def get_file(request: HttpRequest, state: State, file_id: FileId) -> Response[bytes]:
     """What is known about a file."""
-    return _json(wire.file_object(await _file(request, state.store, file_id)))
+    return json_answer(wire.file_object(await _file(request, state.store, file_id)))
 
 
 @get("/v1/files/{file_id:str}/content")
@@ -128,7 +127,7 @@ async def delete_file(request: HttpRequest, state: State, file_id: FileId) -> Re
             words = f"{record.file} is the input of {batch.batch}, which is {batch.status}: "
             raise ApiError(409, "file_in_use", f"{words}cancel that first.", param="file_id")
     await _asked(store.files.remove(record.file))
-    return _json(wire.FileDeleted(record.file))
+    return json_answer(wire.FileDeleted(record.file))
 
 
 # -- batches -------------------------------------------------------------------------------
@@ -138,7 +137,7 @@ async def delete_file(request: HttpRequest, state: State, file_id: FileId) -> Re
 async def create_batch(request: HttpRequest, state: State) -> Response[bytes]:
     """Run a file of requests, by the end of its window."""
     store: Store = state.store
-    asked = convert(json_object(await _body(request)), wire.BatchRequest)
+    asked = convert(json_object(await read_body(request)), wire.BatchRequest)
     wire.check_metadata(asked.metadata)
     window_s = wire.window_s(asked.completion_window)
     file = await _file(request, store, asked.input_file_id, "input_file_id")
@@ -158,7 +157,7 @@ async def create_batch(request: HttpRequest, state: State) -> Response[bytes]:
         tenant=file.tenant,
     )
     await _asked(store.batches.put(record.batch, record, expect=0))
-    return _json(wire.batch_object(record))
+    return json_answer(wire.batch_object(record))
 
 
 @get("/v1/batches")
@@ -171,14 +170,14 @@ async def list_batches(request: HttpRequest, state: State) -> Response[bytes]:
     found = [one for one in records if one.tenant == tenant]
     found.sort(key=lambda one: (one.created_at, one.batch), reverse=True)
     page, has_more = wire.page_of([wire.batch_object(one) for one in found], query)
-    return _json(wire.BatchList(page, *_ends(page), has_more))
+    return json_answer(wire.BatchList(page, *_ends(page), has_more))
 
 
 @get("/v1/batches/{batch_id:str}")
 async def get_batch(request: HttpRequest, state: State, batch_id: BatchId) -> Response[bytes]:
     """How far a batch is."""
     record, _ = await _batch(request, state.store, batch_id)
-    return _json(wire.batch_object(record))
+    return json_answer(wire.batch_object(record))
 
 
 @post("/v1/batches/{batch_id:str}/cancel", status_code=200)
@@ -188,7 +187,7 @@ async def cancel_batch(request: HttpRequest, state: State, batch_id: BatchId) ->
     while True:
         record, revision = await _batch(request, store, batch_id)
         if record.status == "cancelling":
-            return _json(wire.batch_object(record))
+            return json_answer(wire.batch_object(record))
         if not states.can_be_cancelled(record):
             words = f"A batch that is {record.status} can not be cancelled."
             raise ApiError(409, "batch_not_cancellable", words)
@@ -196,12 +195,12 @@ async def cancel_batch(request: HttpRequest, state: State, batch_id: BatchId) ->
         try:
             await store.batches.put(record.batch, record, expect=revision)
         except JetStreamError as error:
-            if error.code == _WRONG_REVISION:  # it has moved on meanwhile
+            if error.is_wrong_revision:  # it has moved on meanwhile
                 continue
             raise errors.bus_unavailable() from error
         except BusError as error:
             raise errors.bus_unavailable() from error
-        return _json(wire.batch_object(record))
+        return json_answer(wire.batch_object(record))
 
 
 # -- parts of these ------------------------------------------------------------------------
@@ -236,13 +235,6 @@ async def _asked(question: Any) -> Any:
         return await question
     except (BusError, TimeoutError) as error:
         raise errors.bus_unavailable() from error
-
-
-async def _body(request: HttpRequest) -> bytes:
-    try:
-        return await request.body()
-    except InternalServerException as error:  # what the framework raises for it
-        raise ApiError(400, "client_left", "The client left before the body was here.") from error
 
 
 async def _form(request: HttpRequest, store: Store) -> Any:
@@ -301,7 +293,3 @@ async def _batch(request: HttpRequest, store: Store, batch_id: str) -> tuple[Bat
 
 def _ends(page: list[Any]) -> tuple[str | None, str | None]:
     return (page[0].id, page[-1].id) if page else (None, None)
-
-
-def _json(body: msgspec.Struct) -> Response[bytes]:
-    return Response(msgspec.json.encode(body), media_type="application/json")

@@ -41,7 +41,6 @@ Ending: TypeAlias = Literal["completed", "expired", "cancelled"]
 
 _REPORT_EVERY_S = 1.0
 _AT_A_TIME = 200  # lines; the HTTP side of this process has its turns in between
-_WRONG_REVISION = 10071
 _READ_BYTES = 256 * 1024
 # An api that takes over a batch whose files are being written goes through its lines once more.
 _OPEN = ("in_progress", "finalizing")
@@ -212,7 +211,7 @@ class BatchRun:
                 self.record = record
                 return
             except JetStreamError as error:
-                if error.code != _WRONG_REVISION:
+                if not error.is_wrong_revision:
                     raise
             entry = await self._records.get(record.batch)
             if entry.value is None:
